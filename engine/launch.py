@@ -1,0 +1,56 @@
+"""What a supervisor needs to start the engine's processes: their configurations and argument vectors.
+
+The processes are plain children: they never daemonise, log JSON lines to stderr, and leave on SIGTERM in order.
+A replica is `python -m engine.replica CONFIG.json`, an engine `python -m engine CONFIG.json`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import msgspec
+
+from engine.durable import replace_file
+
+
+class ReplicaConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One replica server. `listen` is `unix:/path` or `tcp:host:port`; `secret_file` holds the volume's key."""
+
+    directory: str
+    listen: str
+    secret_file: str
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine process: one attachment of one volume.
+
+    `record` is the path of the volume record, whose epoch must be `epoch` already (see `engine.record.bump_epoch`).
+    `fuse_fd` is an inherited descriptor of /dev/fuse that is mounted at `block_file` already (see `engine.frontend`).
+    `control` is the path of the unix socket on which the engine answers its supervisor (see `engine.client`).
+    Times are in seconds.
+    """
+
+    record: str
+    secret_file: str
+    epoch: int
+    incarnation: int = 1
+    frontend: str = "pyfuse3"
+    fuse_fd: int
+    block_file: str
+    control: str
+    open_timeout: float = 1.0
+    request_timeout: float = 8.0
+    reconnect_interval: float = 0.5
+
+
+def replica_argv(config: ReplicaConfig, config_file: Path) -> list[str]:
+    """Write the configuration and return the command that runs it. Raises OSError."""
+    replace_file(config_file, msgspec.json.encode(config), mode=0o600)
+    return [sys.executable, "-m", "engine.replica", str(config_file)]
+
+
+def engine_argv(config: EngineConfig, config_file: Path) -> list[str]:
+    """Write the configuration and return the command that runs it. Raises OSError."""
+    replace_file(config_file, msgspec.json.encode(config), mode=0o600)
+    return [sys.executable, "-m", "engine", str(config_file)]

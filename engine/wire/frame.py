@@ -1,0 +1,142 @@
+"""Frames of the data connection between engine and replica: fixed header, checksummed header and payload.
+
+Layout (little-endian, 40 bytes; docs/wire-protocol.md):
+
+    magic u32 | type u16 | status u16 | seq u64 | offset u64 | length u32
+    | payload size u32 | payload crc u32 | header crc u32
+
+Checksums are CRC-32C (RFC 3720, appendix B.4). The header's own covers its first 36 bytes, so a damaged length is
+found before anything waits for that many bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+
+from google_crc32c import value as crc32c
+
+from engine.errors import ProtocolError
+
+MAGIC = 0x31464D53
+MAX_PAYLOAD = (1 << 20) + 4096
+REPLY = 0x8000
+
+HEADER = struct.Struct("<IHHQQIIII")
+HEADER_SIZE = HEADER.size
+_PREFIX = struct.Struct("<IHHQQIII")
+_CRC = struct.Struct("<I")
+_PREFIX_SIZE = _PREFIX.size
+
+Buffer = bytes | bytearray | memoryview
+
+
+class FrameType(IntEnum):
+    HELLO = 1
+    AUTH = 2
+    OPEN = 3
+    READ = 4
+    WRITE = 5
+    FLUSH = 6
+    UNMAP = 7
+    PING = 8
+    STATUS = 9
+    SETTLED = 10
+    TRACK = 11
+    BITMAP = 12
+    STATE = 13
+    CLOSE = 14
+
+
+class Status(IntEnum):
+    OK = 0
+    STALE_EPOCH = 1
+    NOT_OPEN = 2
+    IO_ERROR = 3
+    NO_SPACE = 4
+    BAD_REQUEST = 5
+    OUT_OF_RANGE = 6
+    UNAUTHENTICATED = 7
+    UNSUPPORTED_VERSION = 8
+    WRONG_VOLUME = 9
+
+
+# (type, status, seq, offset, length, payload)
+Frame = tuple[int, int, int, int, int, bytes]
+
+
+def encode_header(
+    kind: int, status: int, seq: int, offset: int, length: int, payload_size: int = 0, payload_crc: int = 0
+) -> bytes:
+    """Header of a frame whose payload (of `payload_size` bytes) is sent right behind it.
+
+    `payload_crc` is passed in so that a payload that goes to several replicas is summed once.
+    """
+    prefix = _PREFIX.pack(MAGIC, kind, status, seq, offset, length, payload_size, payload_crc)
+    return prefix + _CRC.pack(crc32c(prefix))
+
+
+def encode_frame(
+    kind: int, seq: int, payload: bytes = b"", *, status: int = 0, offset: int = 0, length: int = 0
+) -> bytes:
+    """A whole frame in one piece, for the frames that are small and rare."""
+    crc = crc32c(payload) if payload else 0
+    return encode_header(kind, status, seq, offset, length, len(payload), crc) + payload
+
+
+class FrameReader:
+    """Cuts a byte stream into frames; sans-IO, many frames per wake-up.
+
+    Receive into `space()`, report with `received(n)`, then take whole frames with `frames()`. Once it has raised
+    ProtocolError the stream is unusable: close the connection.
+    """
+
+    def __init__(self, capacity: int = 4 * MAX_PAYLOAD) -> None:
+        if capacity < HEADER_SIZE + MAX_PAYLOAD:
+            raise ValueError(f"capacity {capacity} cannot hold a frame")
+        self._buffer = bytearray(capacity)
+        self._view = memoryview(self._buffer)
+        self._start = 0
+        self._end = 0
+
+    def space(self) -> memoryview:
+        """Where the next bytes go; never empty after `frames()` was drained."""
+        if self._start == self._end:
+            self._start = self._end = 0
+        elif len(self._buffer) - self._end < HEADER_SIZE + MAX_PAYLOAD:
+            rest = bytes(self._view[self._start : self._end])
+            self._view[: len(rest)] = rest
+            self._start, self._end = 0, len(rest)
+        return self._view[self._end :]
+
+    def received(self, count: int) -> None:
+        self._end += count
+
+    @property
+    def partial(self) -> bool:
+        """Whether the stream stopped inside a frame."""
+        return self._start != self._end
+
+    def frames(self) -> list[Frame]:
+        """All whole frames received so far. Raises ProtocolError."""
+        out: list[Frame] = []
+        view, buffer, start, end = self._view, self._buffer, self._start, self._end
+        unpack = HEADER.unpack_from
+        while end - start >= HEADER_SIZE:
+            magic, kind, status, seq, offset, length, size, payload_crc, header_crc = unpack(buffer, start)
+            if magic != MAGIC:
+                raise ProtocolError(f"bad magic {magic:#010x}")
+            if crc32c(bytes(view[start : start + _PREFIX_SIZE])) != header_crc:
+                raise ProtocolError("header checksum mismatch")
+            if size > MAX_PAYLOAD:
+                raise ProtocolError(f"payload of {size} bytes, at most {MAX_PAYLOAD} allowed")
+            body = start + HEADER_SIZE
+            if end - body < size:
+                break
+            payload = bytes(view[body : body + size]) if size else b""
+            if (crc32c(payload) if size else 0) != payload_crc:
+                raise ProtocolError(f"payload checksum mismatch in frame type {kind:#x} seq {seq}")
+            out.append((kind, status, seq, offset, length, payload))
+            start = body + size
+        self._start = start
+        return out
