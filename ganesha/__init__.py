@@ -1,0 +1,58 @@
+"""Runs nfs-ganesha for one volume: configuration from typed values, readiness, clients, counters, client records."""
+
+from ganesha.config import Export, LogLevel, ServerConfig, Squash
+from ganesha.dbus import ExportStats, IoStats, NfsClient, ServerStats
+from ganesha.errors import (
+    ConfigError,
+    DbusError,
+    GaneshaError,
+    HealthError,
+    MissingProgramError,
+    Nfs4Error,
+    RecoveryError,
+    RpcError,
+    StartError,
+    StopError,
+    UpdateError,
+)
+from ganesha.health import export_handle, handle_carries_uuid, null_call
+from ganesha.logs import EventKind, LogEvent
+from ganesha.process import Ganesha, GraceState, run_ganesha
+from ganesha.recovery import ClientRecord, drop_all, list_records, make_durable, prune_records
+from ganesha.render import render
+
+__all__ = [
+    "ClientRecord",
+    "ConfigError",
+    "DbusError",
+    "EventKind",
+    "Export",
+    "ExportStats",
+    "Ganesha",
+    "GaneshaError",
+    "GraceState",
+    "HealthError",
+    "IoStats",
+    "LogEvent",
+    "LogLevel",
+    "MissingProgramError",
+    "Nfs4Error",
+    "NfsClient",
+    "RecoveryError",
+    "RpcError",
+    "ServerConfig",
+    "ServerStats",
+    "Squash",
+    "StartError",
+    "StopError",
+    "UpdateError",
+    "drop_all",
+    "export_handle",
+    "handle_carries_uuid",
+    "list_records",
+    "make_durable",
+    "null_call",
+    "prune_records",
+    "render",
+    "run_ganesha",
+]

@@ -1,0 +1,174 @@
+"""ganesha's log file, as events."""
+
+import enum
+import os
+import re
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+MAX_BYTES = 8 << 20
+_LINE = re.compile(
+    r"(?P<time>\d\d/\d\d/\d{4} \d\d:\d\d:\d\d) : epoch (?P<epoch>[0-9a-f]+) : \S* : \S+?-\d+\[(?P<thread>[^]]*)\] "
+    r"(?P<function>\S+) :(?P<component>[^:]+) :(?P<level>[A-Z_]+) :(?P<message>.*)"
+)
+_LINE_MAX = 64 << 10
+_GRACE_SECONDS = re.compile(r"Now IN GRACE, duration (\d+)")
+_RECLAIMED = re.compile(r"reclaim complete\((\d+)\) clid count\((\d+)\)")
+
+
+class EventKind(enum.StrEnum):
+    """What a line means to whoever supervises the server."""
+
+    INITIALIZED = "initialized"
+    GRACE_STARTED = "grace-started"
+    GRACE_ENDED = "grace-ended"
+    RECLAIM_PROGRESS = "reclaim-progress"
+    CLIENT_RECOVERED = "client-recovered"
+    CLIENT_EXPIRED = "client-expired"
+    RECORD_FAILED = "record-failed"
+    BIND_FAILED = "bind-failed"
+    EXPORT_FAILED = "export-failed"
+    CONFIG_FAILED = "config-failed"
+    STOPPING = "stopping"
+    FATAL = "fatal"
+    OTHER = "other"
+
+
+_KINDS: tuple[tuple[EventKind, re.Pattern[str]], ...] = tuple(
+    (kind, re.compile(pattern))
+    for kind, pattern in (
+        (EventKind.INITIALIZED, r"NFS SERVER INITIALIZED"),
+        (EventKind.GRACE_STARTED, r"NFS Server Now IN GRACE"),
+        (EventKind.GRACE_ENDED, r"NFS Server Now NOT IN GRACE"),
+        (EventKind.RECLAIM_PROGRESS, r"check grace:reclaim complete"),
+        (EventKind.CLIENT_RECOVERED, r"Allowed to reclaim ClientId"),
+        (EventKind.CLIENT_EXPIRED, r"Reaper done, expired|Expire index"),
+        (EventKind.RECORD_FAILED, r"Failed to (create client|remove client|create v4|read v4|open) "),
+        (EventKind.BIND_FAILED, r"Cannot bind|Error binding to|Unable to bind"),
+        (EventKind.STOPPING, r"NFS EXIT: stopping"),
+        (EventKind.CONFIG_FAILED, r"^Config File \(|[Ee]rror while parsing|syntax error"),
+        (EventKind.EXPORT_FAILED, r"No export entries found|could not to claim|Could not create export|fsal_export"),
+    )
+)
+_BAD_LEVELS = frozenset({"FATAL", "MAJ", "CRIT"})
+
+
+class LogEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of the log. `time` is in seconds since 1970, with the log's own resolution of a second.
+
+    A line without ganesha's heading (a continuation, or output of a library) has an empty level and component.
+    """
+
+    time: float
+    level: str = ""
+    component: str = ""
+    function: str = ""
+    message: str
+    kind: EventKind = EventKind.OTHER
+
+    @property
+    def grace_seconds(self) -> int | None:
+        """How long a grace period that begins here may last."""
+        match = _GRACE_SECONDS.search(self.message)
+        return int(match[1]) if match else None
+
+    @property
+    def reclaimed(self) -> tuple[int, int] | None:
+        """(clients that have finished their reclaim, clients that may reclaim), for RECLAIM_PROGRESS."""
+        match = _RECLAIMED.search(self.message)
+        return (int(match[1]), int(match[2])) if match else None
+
+
+def parse_line(line: str) -> LogEvent:
+    """An event for any line; never fails."""
+    match = _LINE.fullmatch(line)
+    if match is None:
+        return LogEvent(time=time.time(), message=line, kind=_classify("", line))
+    try:
+        moment = datetime.strptime(match["time"], "%d/%m/%Y %H:%M:%S").astimezone().timestamp()
+    except (ValueError, OverflowError):
+        moment = time.time()
+    return LogEvent(
+        time=moment,
+        level=match["level"],
+        component=match["component"].strip(),
+        function=match["function"],
+        message=match["message"],
+        kind=_classify(match["level"], match["message"]),
+    )
+
+
+def _classify(level: str, message: str) -> EventKind:
+    for kind, pattern in _KINDS:
+        if pattern.search(message):
+            return kind
+    return EventKind.FATAL if level == "FATAL" else EventKind.OTHER
+
+
+def failure_reason(events: list[LogEvent]) -> str | None:
+    """The line of a failed start's log that tells most: the most specific kind first, else the last bad one."""
+    for kind in (EventKind.BIND_FAILED, EventKind.CONFIG_FAILED, EventKind.EXPORT_FAILED):
+        for event in events:
+            if event.kind is kind:
+                return event.message.strip()
+    bad = [event for event in events if event.level in _BAD_LEVELS or event.kind is EventKind.FATAL]
+    specific = [event for event in bad if "Fatal errors" not in event.message]
+    return (specific or bad)[-1].message.strip() if bad else None
+
+
+def rotate(path: Path) -> None:
+    """Keeps one previous log file beside the new one."""
+    if path.exists():
+        os.replace(path, previous(path))
+
+
+def previous(path: Path) -> Path:
+    return path.with_name(path.name + ".1")
+
+
+class LogTail:
+    """Reads what has been appended to a log file, and replaces the file when it has grown beyond `max_bytes`.
+
+    ganesha opens its log anew for each line, so renaming the file is enough; a line that was being written just then
+    still ends up in the old file, which is therefore read to its end once more at the next call.
+    """
+
+    def __init__(self, path: Path, *, max_bytes: int = MAX_BYTES) -> None:
+        self._path = path
+        self._max_bytes = max_bytes
+        self._file: BinaryIO | None = None
+        self._rotated = False
+        self._partial = b""
+
+    def read(self) -> list[LogEvent]:
+        """The complete lines since the last call. Never blocks for longer than the disk does."""
+        events = self._lines()
+        if self._rotated:
+            self._rotated = False
+            self.close()
+            events += self._lines()
+        if self._file is not None and self._file.tell() > self._max_bytes:
+            rotate(self._path)
+            self._rotated = True
+        return events
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _lines(self) -> list[LogEvent]:
+        if self._file is None:
+            try:
+                self._file = open(self._path, "rb")  # noqa: SIM115  closed by close()
+            except FileNotFoundError:
+                return []
+        data = self._partial + self._file.read()
+        *lines, self._partial = data.split(b"\n")
+        if len(self._partial) > _LINE_MAX:
+            lines, self._partial = [*lines, self._partial], b""
+        return [parse_line(line.decode("utf-8", "replace")) for line in lines if line.strip()]

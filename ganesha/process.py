@@ -1,0 +1,369 @@
+"""One ganesha with its private message bus, as children of this process."""
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+
+from ganesha import logs
+from ganesha.config import Export, ServerConfig
+from ganesha.dbus import BUS_CONFIG, Control, NfsClient, ServerStats, bus_address
+from ganesha.errors import ConfigError, DbusError, HealthError, MissingProgramError, StartError, StopError, UpdateError
+from ganesha.health import null_call
+from ganesha.logs import EventKind, LogEvent, LogTail
+from ganesha.recovery import list_records
+from ganesha.render import render
+
+STOP_TIMEOUT = 10.0
+KILL_TIMEOUT = 10.0
+_EVENTS = 1000
+_POLL = 0.1
+_BUS_START = 10.0
+_SOCKET_PATH_MAX = 107  # unix(7): sun_path holds 108 bytes with its NUL
+_NULL_TIMEOUT = 2.0
+
+
+class GraceState(msgspec.Struct, frozen=True, kw_only=True):
+    """`ends_at` is the latest end of a grace period that is on, in seconds since 1970."""
+
+    active: bool
+    ends_at: float | None = None
+
+
+class Ganesha:
+    """A running server; made by run_ganesha.
+
+    `events` drops the oldest when nobody reads; it ends when the server's scope does.
+    """
+
+    def __init__(
+        self, config: ServerConfig, run_dir: Path, process: trio.Process, dbus: trio.Process, control: Control
+    ) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._process = process
+        self._dbus = dbus
+        self._control = control
+        self._tail = LogTail(log_path(run_dir))
+        self._send, self.events = trio.open_memory_channel[LogEvent](_EVENTS)
+        self._drop = self.events.clone()
+        self._start_log: list[LogEvent] = []
+        self._initialized = False
+        self._grace_until: float | None = None
+        self._update = trio.Lock()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def dbus_pid(self) -> int:
+        return self._dbus.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit status, negative for a signal; None while it runs."""
+        return self._process.poll()
+
+    @property
+    def config(self) -> ServerConfig:
+        """What is in force, with the changes of update_exports."""
+        return self._config
+
+    async def wait_ready(self, timeout: float) -> None:
+        """Returns once the server answers an NFSv4 NULL call.
+
+        Raises StartError, with the reason from its log, as soon as it has exited, or after `timeout` seconds.
+        """
+        with trio.move_on_after(timeout):
+            pause = 0.01
+            while True:
+                if await self._ready():
+                    return
+                if self.returncode is not None:
+                    raise self._failed_start()
+                await trio.sleep(pause)
+                pause = min(pause * 1.5, _POLL)
+        self._read_log()
+        reason = logs.failure_reason(self._start_log)
+        raise StartError(
+            f"not ready after {timeout:g} s" + (f": {reason}" if reason else ""), log=log_path(self._run_dir)
+        )
+
+    async def _ready(self) -> bool:
+        # The log comes first: until this server says that it listens, a NULL call may be answered by another one.
+        self._read_log()
+        if not self._initialized:
+            return False
+        try:
+            if not await self._control.name_owned():
+                return False
+            await null_call(self._config.connect_host, self._config.port, _NULL_TIMEOUT)
+        except (DbusError, HealthError):
+            return False
+        return self.returncode is None
+
+    def _failed_start(self) -> StartError:
+        self._read_log()
+        reason = logs.failure_reason(self._start_log) or f"it exited with status {self.returncode}"
+        return StartError(reason, log=log_path(self._run_dir), returncode=self.returncode)
+
+    async def wait(self) -> int:
+        """Waits for the exit; returns the status, negative for a signal."""
+        return await self._process.wait()
+
+    def kill(self) -> None:
+        """SIGKILL, without waiting."""
+        self._process.kill()
+
+    def terminate(self) -> None:
+        """SIGTERM, without waiting."""
+        self._process.terminate()
+
+    async def stop(self, timeout: float = STOP_TIMEOUT) -> None:
+        """SIGTERM, and SIGKILL after `timeout` seconds. Client records stay, so clients reclaim at the next start.
+
+        Raises StopError when not even SIGKILL ends it in time, because it hangs on I/O.
+        """
+        await _end(self._process, timeout)
+
+    async def null_call(self, timeout: float = _NULL_TIMEOUT) -> None:
+        """Raises HealthError when the server does not answer within `timeout` seconds."""
+        await null_call(self._config.connect_host, self._config.port, timeout)
+
+    async def clients(self) -> list[NfsClient]:
+        """Client addresses seen since the start, with the ids that hold a lease there. Raises DbusError."""
+        ids: dict[str, list[str]] = {}
+        for record in list_records(self._config.recovery_root):
+            if not record.old:
+                ids.setdefault(record.address, []).append(record.client_id)
+        return [
+            msgspec.structs.replace(client, client_ids=tuple(sorted(ids.get(client.address, ()))))
+            for client in await self._control.clients()
+        ]
+
+    async def grace(self) -> GraceState:
+        """Raises DbusError."""
+        active = await self._control.in_grace()
+        return GraceState(active=active, ends_at=self._grace_until if active else None)
+
+    async def stats(self) -> ServerStats:
+        """Raises DbusError."""
+        return await self._control.stats()
+
+    async def update_exports(self, exports: Sequence[Export]) -> None:
+        """Makes these the exports in force, without disturbing clients of those that stay.
+
+        The path of an export id cannot change. Raises ConfigError before anything happened; UpdateError, DbusError
+        when ganesha refused, with the earlier changes of the call in force and the configuration file as asked for.
+        """
+        async with self._update:
+            known = {export.export_id: export for export in self._config.exports}
+            for export in exports:
+                old = known.get(export.export_id)
+                if old is not None and old.path != export.path:
+                    raise ConfigError(f"export {export.export_id} is {old.path}; another path needs another export id")
+            config = msgspec.structs.replace(self._config, exports=tuple(exports))
+            path = write_config(config, self._run_dir)
+            self._config = config
+            present = await self._control.export_ids()
+            wanted = {export.export_id for export in exports}
+            for export_id in sorted(present - wanted):
+                await self._control.remove_export(export_id)
+            for export in exports:
+                if export.export_id not in present:
+                    await self._control.add_export(path, export.export_id)
+                elif known.get(export.export_id) != export:
+                    await self._control.update_export(path, export.export_id)
+            if await self._control.export_ids() != wanted:
+                raise UpdateError(f"ganesha does not have the exports {sorted(wanted)} after the change")
+
+    async def _follow_log(self) -> None:
+        while True:
+            self._read_log()
+            await trio.sleep(_POLL)
+
+    def _read_log(self) -> None:
+        for event in self._tail.read():
+            if not self._initialized:
+                self._start_log.append(event)
+            if event.kind is EventKind.INITIALIZED:
+                self._initialized = True
+            elif event.kind is EventKind.GRACE_STARTED and event.grace_seconds is not None:
+                self._grace_until = event.time + event.grace_seconds
+            self._publish(event)
+
+    def _publish(self, event: LogEvent) -> None:
+        try:
+            self._send.send_nowait(event)
+        except trio.WouldBlock:
+            self._drop.receive_nowait()
+            self._send.send_nowait(event)
+
+    def _close(self) -> None:
+        self._read_log()
+        self._tail.close()
+        self._drop.close()
+        self._send.close()
+
+
+@asynccontextmanager
+async def run_ganesha(
+    config: ServerConfig,
+    *,
+    run_dir: Path,
+    epoch: int,
+    keep_fds: Sequence[int] = (),
+    stop_timeout: float = STOP_TIMEOUT,
+) -> AsyncIterator[Ganesha]:
+    """Starts a server, which may not be ready yet, and stops it at the end: SIGTERM, then SIGKILL after `stop_timeout`.
+
+    `run_dir`, absolute and on this machine, gets its configuration, log and bus socket, and is made private to the
+    user. `epoch` (32 bits) must never be used twice for a volume: write verifiers, client ids and stateids derive from
+    it. `keep_fds` are inherited under the same numbers. When this process dies the server lives on.
+
+    Raises ConfigError, MissingProgramError, StartError, and at the end StopError.
+    """
+    if not 0 < epoch < 2**32:
+        raise ConfigError(f"the epoch must be 1 to {2**32 - 1}, not {epoch}")
+    ganesha_program = _program("ganesha.nfsd", "nfs-ganesha")
+    _program("dbus-daemon", "dbus-daemon")
+    path = _prepare(config, run_dir)
+    command = [ganesha_program, "-F", "-E", str(epoch), "-f", str(path), "-L", str(log_path(run_dir))]
+    command += ["-p", str(run_dir / "ganesha.pid")]
+    socket = run_dir / "bus.sock"
+    # With the host's blkid cache ganesha would take the UUID that the device, such as /dev/loop0, had under its last
+    # owner (measured), and handles would not survive a failover.
+    environment = {"DBUS_SYSTEM_BUS_ADDRESS": bus_address(socket), "BLKID_FILE": str(run_dir / "blkid.tab")}
+    async with _run_bus(run_dir) as bus:
+        process = await _spawn(command, log_path(run_dir), environment, keep_fds)
+        ganesha = Ganesha(config, run_dir, process, bus, Control(socket))
+        try:
+            with _unwrapped():
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(ganesha._follow_log)
+                    try:
+                        yield ganesha
+                    finally:
+                        with trio.CancelScope(shield=True):
+                            await ganesha.stop(stop_timeout)
+                        nursery.cancel_scope.cancel()
+        finally:
+            ganesha._close()
+
+
+def log_path(run_dir: Path) -> Path:
+    """The server's log file; one previous is kept beside it as `.1`."""
+    return run_dir / "ganesha.log"
+
+
+def write_config(config: ServerConfig, run_dir: Path) -> Path:
+    """Replaces ganesha.conf in one step. Raises ConfigError, OSError."""
+    path = run_dir / "ganesha.conf"
+    temporary = run_dir / "ganesha.conf.new"
+    temporary.write_text(render(config, run_dir), encoding="utf-8", errors="surrogateescape")
+    os.replace(temporary, path)
+    return path
+
+
+def _prepare(config: ServerConfig, run_dir: Path) -> Path:
+    text = bytes(run_dir / "bus.sock")
+    if len(text) > _SOCKET_PATH_MAX:
+        raise ConfigError(f"the run directory's path is too long for a socket: {run_dir}")
+    try:
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        run_dir.chmod(0o700)
+        logs.rotate(log_path(run_dir))
+        for name in ("bus.sock", "bus.log", "blkid.tab", "ganesha.pid"):
+            (run_dir / name).unlink(missing_ok=True)
+        bus = BUS_CONFIG.format(uid=os.getuid(), address=bus_address(run_dir / "bus.sock"))
+        (run_dir / "bus.conf").write_text(bus)
+        return write_config(config, run_dir)
+    except OSError as error:
+        raise StartError(f"cannot prepare {run_dir}: {error.strerror}") from error
+
+
+@asynccontextmanager
+async def _run_bus(run_dir: Path) -> AsyncIterator[trio.Process]:
+    log = run_dir / "bus.log"
+    command = [_program("dbus-daemon", "dbus-daemon"), "--nofork", "--nopidfile", "--print-address=1"]
+    command += [f"--config-file={run_dir / 'bus.conf'}"]
+    process = await _spawn(command, log, {}, (), stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        address: bytes | bytearray = b""
+        with trio.move_on_after(_BUS_START):
+            address = await process.stdout.receive_some()
+        await process.stdout.aclose()
+        if not address:
+            lines = [event.message for event in LogTail(log).read()]
+            raise StartError(f"its message bus failed: {lines[-1] if lines else 'no answer'}", log=log)
+        yield process
+    finally:
+        with trio.CancelScope(shield=True):
+            await _end(process, 2.0)
+
+
+async def _spawn(
+    command: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str],
+    keep_fds: Sequence[int],
+    **options: Any,
+) -> trio.Process:
+    # A session of its own: a terminal's Ctrl-C must not reach it, and it must survive this process.
+    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        return await trio.lowlevel.open_process(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stderr=output,
+            env={**os.environ, **environment},
+            cwd="/",
+            start_new_session=True,
+            pass_fds=tuple(keep_fds),
+            **{"stdout": output, **options},
+        )
+    except OSError as error:
+        raise StartError(f"cannot run {command[0]}: {error.strerror}") from error
+    finally:
+        os.close(output)
+
+
+async def _end(process: trio.Process, timeout: float) -> None:
+    if process.poll() is not None:
+        return
+    process.terminate()
+    with trio.move_on_after(timeout):
+        await process.wait()
+        return
+    process.send_signal(signal.SIGKILL)
+    with trio.move_on_after(KILL_TIMEOUT):
+        await process.wait()
+        return
+    raise StopError(process.pid, KILL_TIMEOUT)
+
+
+def _program(name: str, package: str) -> str:
+    path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin")
+    if path is None:
+        raise MissingProgramError(name, package)
+    return path
+
+
+@contextmanager
+def _unwrapped() -> Iterator[None]:
+    """A nursery wraps the one exception of its body in a group, which callers of this module need not know."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        if len(group.exceptions) == 1:
+            raise group.exceptions[0] from group.exceptions[0].__cause__
+        raise
