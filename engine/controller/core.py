@@ -261,6 +261,10 @@ class Core:
     def reason(self, name: str) -> str:
         return self._reasons.get(self.bit(name), "")
 
+    def note(self, bit: int, reason: str) -> None:
+        """Remember why an absent replica stays out, unless something is known already."""
+        self._reasons.setdefault(bit, reason)
+
     @property
     def idle(self) -> bool:
         """Nothing that changes a replica is under way."""

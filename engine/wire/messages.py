@@ -53,6 +53,13 @@ class Open(Message, frozen=True, kw_only=True):
     incarnation: int
 
 
+class Token(Message, frozen=True, kw_only=True):
+    """Payload of a STALE_EPOCH answer: the highest token that the replica has seen."""
+
+    epoch: int
+    incarnation: int
+
+
 class OpenReply(Message, frozen=True, kw_only=True):
     """State of the replica at open.
 
@@ -121,3 +128,9 @@ def decode(payload: bytes, kind: type[_M]) -> _M:
         return msgspec.msgpack.decode(payload, type=kind)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise ProtocolError(f"malformed {kind.__name__}: {error}") from error
+
+
+def decode_token(payload: bytes) -> tuple[int, int]:
+    """Raises ProtocolError."""
+    token = decode(payload, Token)
+    return token.epoch, token.incarnation

@@ -1,0 +1,223 @@
+"""The engine's end of one data connection: connect, prove, then frames in batches.
+
+After the handshake nothing here awaits per request: frames are queued and leave with one sendmsg per round.
+Driver calls (open, maps, marks) share the connection; their sequence numbers have the top bit set.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from itertools import islice
+
+import trio
+
+from engine.address import Address
+from engine.errors import EngineError, FencedError, ProtocolError, VersionError
+from engine.wire import handshake, messages
+from engine.wire.frame import REPLY, Frame, FrameReader, FrameType, Status, encode_frame
+
+CALL = 1 << 63
+_IOV = 512
+_SOCKET_BUFFER = 4 << 20
+
+
+class ReplicaRefusedError(EngineError):
+    """A replica answered a control request with an error status."""
+
+    def __init__(self, replica: str, kind: FrameType, status: int, detail: bytes) -> None:
+        super().__init__(replica, kind, status, detail)
+        self.replica = replica
+        self.kind = kind
+        self.status = status
+        self.detail = detail
+
+    def __str__(self) -> str:
+        name = Status(self.status).name if self.status in Status._value2member_map_ else str(self.status)
+        return (
+            f"replica {self.replica} refused {self.kind.name}: {name} {self.detail.decode(errors='replace')}".rstrip()
+        )
+
+
+class ReplicaUnreachableError(EngineError):
+    def __init__(self, replica: str, reason: str) -> None:
+        super().__init__(replica, reason)
+        self.replica = replica
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"replica {self.replica} cannot be reached: {self.reason}"
+
+
+class _Call:
+    __slots__ = ("answer", "done")
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.answer: Frame | None = None
+
+
+class ReplicaConnection:
+    """One authenticated connection. `bit` is the replica's place in the core's masks."""
+
+    def __init__(self, name: str, bit: int, sock: socket.socket) -> None:
+        self.name = name
+        self.bit = bit
+        self.sock = sock
+        self.reader = FrameReader()
+        self.instance = ""
+        self.closed = False
+        self.scope = trio.CancelScope()
+        self._queue: deque[bytes | memoryview] = deque()
+        self._blocked = trio.Event()
+        self._calls: dict[int, _Call] = {}
+        self._next_call = CALL
+
+    # setting up
+
+    @classmethod
+    async def connect(cls, name: str, bit: int, address: Address, key: bytes) -> ReplicaConnection:
+        """Raises ReplicaUnreachableError, AuthenticationError, VersionError, ProtocolError. Has no deadline."""
+        sock = socket.socket(address.family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            sock.setblocking(False)
+            tsock = trio.socket.from_stdlib_socket(sock)
+            await tsock.connect(address.target)
+            if address.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER)
+            connection = cls(name, bit, sock)
+            await connection._handshake(key)
+        except OSError as error:
+            sock.close()
+            raise ReplicaUnreachableError(name, error.strerror or str(error)) from error
+        except BaseException:
+            sock.close()
+            raise
+        return connection
+
+    async def _handshake(self, key: bytes) -> None:
+        ours = handshake.new_nonce()
+        hello = messages.Hello(version_min=messages.VERSION_MIN, version_max=messages.VERSION_MAX, nonce=ours)
+        reply = messages.decode(await self._exchange(FrameType.HELLO, messages.encode(hello)), messages.HelloReply)
+        if not messages.VERSION_MIN <= reply.version <= messages.VERSION_MAX:
+            raise VersionError((messages.VERSION_MIN, messages.VERSION_MAX), (reply.version, reply.version))
+        proof = handshake.proof(key, "client", reply.version, ours, reply.nonce)
+        body = await self._exchange(FrameType.AUTH, messages.encode(messages.Auth(proof=proof)))
+        answer = messages.decode(body, messages.AuthReply)
+        expected = handshake.proof(key, "replica", reply.version, ours, reply.nonce)
+        handshake.check_proof(answer.proof, expected, f"the server at replica {self.name}'s address")
+        if answer.replica != self.name:
+            raise ProtocolError(f"replica {answer.replica!r} answers at the address of {self.name!r}")
+        self.instance = answer.instance
+
+    async def _exchange(self, kind: FrameType, payload: bytes) -> bytes:
+        tsock = trio.socket.from_stdlib_socket(self.sock)
+        await tsock.send(encode_frame(kind, 0, payload))
+        while True:
+            count = await tsock.recv_into(self.reader.space())
+            if not count:
+                raise ReplicaUnreachableError(self.name, f"it closed the connection during {kind.name}")
+            self.reader.received(count)
+            frames = self.reader.frames()
+            if not frames:
+                continue
+            answer, status, _, _, _, body = frames[0]
+            if answer != kind | REPLY or len(frames) > 1:
+                raise ProtocolError(f"unexpected frame {answer:#x} during {kind.name}")
+            if status != Status.OK:
+                raise ReplicaRefusedError(self.name, kind, status, body)
+            return body
+
+    # data
+
+    def queue(self, *pieces: bytes) -> None:
+        self._queue.extend(pieces)
+
+    def pump(self) -> None:
+        """Send what is queued as far as the socket takes it. Raises OSError."""
+        queue = self._queue
+        while queue:
+            pieces = list(islice(queue, _IOV))
+            try:
+                sent = self.sock.sendmsg(pieces)
+            except BlockingIOError:
+                self._blocked.set()
+                return
+            for piece in pieces:
+                if sent < len(piece):
+                    if sent:
+                        queue[0] = memoryview(piece)[sent:]
+                    break
+                sent -= len(piece)
+                queue.popleft()
+
+    async def pump_when_writable(self) -> None:
+        """Runs beside the connection and sends what did not fit at once. Raises OSError."""
+        while True:
+            await self._blocked.wait()
+            self._blocked = trio.Event()
+            await trio.lowlevel.wait_writable(self.sock)
+            self.pump()
+
+    async def receive(self) -> list[Frame]:
+        """Whole frames, at least one wake-up's worth. Raises OSError, ProtocolError, ReplicaUnreachableError."""
+        await trio.lowlevel.wait_readable(self.sock)
+        try:
+            count = self.sock.recv_into(self.reader.space())
+        except BlockingIOError:
+            return []
+        if not count:
+            raise ReplicaUnreachableError(self.name, "it closed the connection")
+        self.reader.received(count)
+        return self.reader.frames()
+
+    # control calls
+
+    async def call(
+        self, kind: FrameType, message: messages.Message | None = None, *, offset: int = 0, length: int = 0
+    ) -> Frame:
+        """One control request and its answer. Needs somebody who delivers frames; raises on an error status."""
+        self._next_call += 1
+        seq = self._next_call
+        call = self._calls[seq] = _Call()
+        try:
+            body = b"" if message is None else messages.encode(message)
+            self.queue(encode_frame(kind, seq, body, offset=offset, length=length))
+            try:
+                self.pump()
+            except OSError as error:
+                raise ReplicaUnreachableError(self.name, error.strerror or str(error)) from error
+            await call.done.wait()
+        finally:
+            del self._calls[seq]
+        if call.answer is None:
+            raise ReplicaUnreachableError(self.name, f"the connection ended during {kind.name}")
+        status, body = call.answer[1], call.answer[5]
+        if status == Status.STALE_EPOCH:
+            raise self.fenced((0, 0), body)
+        if status != Status.OK:
+            raise ReplicaRefusedError(self.name, kind, status, body)
+        return call.answer
+
+    def fenced(self, ours: tuple[int, int], body: bytes) -> FencedError:
+        return FencedError(ours, messages.decode_token(body), f"replica {self.name}")
+
+    def deliver(self, frame: Frame) -> None:
+        """Hand an answer to the control call that waits for it."""
+        call = self._calls.get(frame[2])
+        if call is not None:
+            call.answer = frame
+            call.done.set()
+
+    def close(self) -> None:
+        """Idempotent; wakes whoever waits on this connection."""
+        if self.closed:
+            return
+        self.closed = True
+        self.scope.cancel()
+        trio.lowlevel.notify_closing(self.sock)
+        self.sock.close()
+        for call in self._calls.values():
+            call.done.set()

@@ -1,0 +1,36 @@
+"""Counts and latencies per operation."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+from engine.client import LATENCY_BOUNDS, OperationStats
+
+
+class Operation:
+    __slots__ = ("buckets", "bytes", "count", "errors", "seconds")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.bytes = 0
+        self.errors = 0
+        self.seconds = 0.0
+        self.buckets = [0] * (len(LATENCY_BOUNDS) + 1)
+
+    def add(self, seconds: float, size: int, error: int) -> None:
+        self.count += 1
+        self.seconds += seconds
+        self.buckets[bisect_left(LATENCY_BOUNDS, seconds)] += 1
+        if error:
+            self.errors += 1
+        else:
+            self.bytes += size
+
+    def snapshot(self) -> OperationStats:
+        return OperationStats(
+            count=self.count,
+            bytes=self.bytes,
+            errors=self.errors,
+            seconds=self.seconds,
+            buckets=tuple(self.buckets),
+        )

@@ -1,0 +1,36 @@
+"""What a frontend needs from a volume, and what the engine needs from a frontend."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+import trio
+
+
+class BlockVolume(Protocol):
+    """A volume of `size` bytes. All methods raise OSError with the errno that the caller of the file should see."""
+
+    size: int
+
+    async def read(self, offset: int, length: int) -> bytes: ...
+
+    async def write(self, offset: int, data: bytes) -> None: ...
+
+    async def unmap(self, offset: int, length: int) -> None: ...
+
+    async def flush(self) -> None: ...
+
+
+class FrontendSession(Protocol):
+    """A mounted file that is being served. `ended` is set when the kernel has let go of the mount."""
+
+    ended: trio.Event
+
+
+class Frontend(Protocol):
+    """Serves the file mounted on a descriptor of /dev/fuse (see `FuseDevice`) until the block is left."""
+
+    name: str
+
+    def serve(self, volume: BlockVolume, fuse_fd: int) -> AbstractAsyncContextManager[FrontendSession]: ...

@@ -1,0 +1,19 @@
+"""The frontends by name. They are imported on use: one needs libfuse, another may not."""
+
+from __future__ import annotations
+
+from engine.errors import FrontendError
+from engine.frontend.base import Frontend
+
+FRONTENDS = ("pyfuse3",)
+
+
+def frontend(name: str) -> Frontend:
+    """Raises FrontendError for an unknown name or a missing library."""
+    if name not in FRONTENDS:
+        raise FrontendError(f"unknown frontend {name!r}; there are: {', '.join(FRONTENDS)}")
+    try:
+        from engine.frontend.fuse3 import Pyfuse3Frontend
+    except ImportError as error:
+        raise FrontendError(f"frontend {name!r} cannot be loaded: {error}") from error
+    return Pyfuse3Frontend()
