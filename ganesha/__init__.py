@@ -18,7 +18,7 @@ from ganesha.errors import (
 from ganesha.health import export_handle, handle_carries_uuid, null_call
 from ganesha.logs import EventKind, LogEvent
 from ganesha.process import Ganesha, GraceState, run_ganesha
-from ganesha.recovery import ClientRecord, drop_all, list_records, make_durable, prune_records
+from ganesha.recovery import ClientRecord, consolidate, drop_all, list_records, make_durable, prune_records
 from ganesha.render import render
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "StartError",
     "StopError",
     "UpdateError",
+    "consolidate",
     "drop_all",
     "export_handle",
     "handle_carries_uuid",

@@ -2,6 +2,7 @@
 
 import hashlib
 import ipaddress
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,11 @@ LogLevel = Literal["FATAL", "MAJ", "CRIT", "WARN", "EVENT", "INFO", "DEBUG", "FU
 
 MAX_LEASE = 120  # s, ganesha-core-config(8)
 MAX_GRACE = 180  # s, ganesha-core-config(8)
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
 _MAX_ID = 65535
+_MAX_PREFIX = 99
+_MAX_LISTED = 256
 _PSEUDO_NAME_MAX = 255
 
 
@@ -71,15 +76,41 @@ def filesystem_id(identity: str, export_id: int) -> str:
     return f"{int.from_bytes(digest[:8], 'big') >> 1}.{export_id}"
 
 
-def normal_network(text: str) -> str:
-    """An address or CIDR in the canonical form that ganesha's lexer takes. Raises ConfigError."""
+def client_list(allow: Iterable[str]) -> list[str]:
+    """Addresses and CIDR networks as nfs-ganesha 4.3 takes them. Raises ConfigError.
+
+    Its lexer has no prefix length of 0, and none above 99 for IPv6: such a line would lose the whole export.
+    """
+    forms = []
+    for text in allow:
+        network = _network(text)
+        if network.prefixlen == 0:
+            forms += [str(half) for half in network.subnets()]
+        elif network.prefixlen == network.max_prefixlen:
+            forms.append(str(network.network_address))
+        elif network.prefixlen <= _MAX_PREFIX:
+            forms.append(str(network))
+        elif network.num_addresses <= _MAX_LISTED:
+            forms += [str(address) for address in network]
+        else:
+            raise ConfigError(
+                f"nfs-ganesha cannot express a prefix of {network.prefixlen} bits, only up to 99: {text!r}"
+            )
+    return list(dict.fromkeys(forms))
+
+
+def _network(text: str) -> Network:
     try:
         network = ipaddress.ip_network(text, strict=False)
     except ValueError as error:
         raise ConfigError(f"not an address or CIDR network: {text!r}: {error}") from error
-    if isinstance(network, ipaddress.IPv6Network) and network.network_address.scope_id:
-        raise ConfigError(f"an allowed network cannot have a scope: {text!r}")
-    return str(network)
+    if isinstance(network, ipaddress.IPv6Network):
+        if network.network_address.scope_id:
+            raise ConfigError(f"an allowed network cannot have a scope: {text!r}")
+        mapped = network.network_address.ipv4_mapped
+        if mapped is not None and network.prefixlen >= 96:
+            return ipaddress.IPv4Network((mapped, network.prefixlen - 96))
+    return network
 
 
 def check(config: ServerConfig) -> None:
@@ -132,5 +163,4 @@ def _check_export(export: Export) -> None:
             raise ConfigError(f"not a user or group id: {number}")
     if export.attr_expiration < -1:
         raise ConfigError(f"attribute expiration must be -1 or more, not {export.attr_expiration}")
-    for network in export.allow:
-        normal_network(network)
+    client_list(export.allow)

@@ -84,6 +84,11 @@ class ServerStats(msgspec.Struct, frozen=True, kw_only=True):
     operations: Mapping[str, int]
 
 
+def plain_address(address: str) -> str:
+    """ganesha sees an IPv4 client of its IPv6 socket as ::ffff:a.b.c.d; people know it as a.b.c.d."""
+    return address.removeprefix("::ffff:") if "." in address else address
+
+
 class Control:
     """Calls to a running ganesha. Each makes a connection of its own (about 1 ms), so a broken bus harms one call."""
 
@@ -107,7 +112,9 @@ class Control:
         clients = []
         for address, flags, (seconds, nanoseconds) in rows:
             versions = tuple(_MINOR_OF_FLAG[name] for name, used in flags if used and name in _MINOR_OF_FLAG)
-            clients.append(NfsClient(address=address, versions=versions, last_seen=seconds + nanoseconds / 1e9))
+            clients.append(
+                NfsClient(address=plain_address(address), versions=versions, last_seen=seconds + nanoseconds / 1e9)
+            )
         return clients
 
     async def export_ids(self, *, timeout: float = TIMEOUT) -> set[int]:

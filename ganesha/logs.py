@@ -51,9 +51,11 @@ _KINDS: tuple[tuple[EventKind, re.Pattern[str]], ...] = tuple(
         (EventKind.BIND_FAILED, r"Cannot bind|Error binding to|Unable to bind"),
         (EventKind.STOPPING, r"NFS EXIT: stopping"),
         (EventKind.CONFIG_FAILED, r"^Config File \(|[Ee]rror while parsing|syntax error"),
-        (EventKind.EXPORT_FAILED, r"No export entries found|could not to claim|Could not create export|fsal_export"),
+        (EventKind.EXPORT_FAILED, r"while resolving export path|Lookup failed on path, ExportId|could not to claim"),
     )
 )
+# Written at every start of a server that has no Kerberos keytab and no rpcbind, and needs neither.
+_NOISE = re.compile(r"krb5|principal|Cannot register")
 _BAD_LEVELS = frozenset({"FATAL", "MAJ", "CRIT"})
 
 
@@ -111,11 +113,11 @@ def _classify(level: str, message: str) -> EventKind:
 
 def failure_reason(events: list[LogEvent]) -> str | None:
     """The line of a failed start's log that tells most: the most specific kind first, else the last bad one."""
-    for kind in (EventKind.BIND_FAILED, EventKind.CONFIG_FAILED, EventKind.EXPORT_FAILED):
+    for kind in (EventKind.BIND_FAILED, EventKind.EXPORT_FAILED, EventKind.CONFIG_FAILED):
         for event in events:
             if event.kind is kind:
                 return event.message.strip()
-    bad = [event for event in events if event.level in _BAD_LEVELS or event.kind is EventKind.FATAL]
+    bad = [event for event in events if event.level in _BAD_LEVELS and not _NOISE.search(event.message)]
     specific = [event for event in bad if "Fatal errors" not in event.message]
     return (specific or bad)[-1].message.strip() if bad else None
 

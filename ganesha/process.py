@@ -14,11 +14,11 @@ import trio
 
 from ganesha import logs
 from ganesha.config import Export, ServerConfig
-from ganesha.dbus import BUS_CONFIG, Control, NfsClient, ServerStats, bus_address
+from ganesha.dbus import BUS_CONFIG, Control, NfsClient, ServerStats, bus_address, plain_address
 from ganesha.errors import ConfigError, DbusError, HealthError, MissingProgramError, StartError, StopError, UpdateError
 from ganesha.health import null_call
 from ganesha.logs import EventKind, LogEvent, LogTail
-from ganesha.recovery import list_records
+from ganesha.recovery import ClientRecord, consolidate, list_records, make_durable
 from ganesha.render import render
 
 STOP_TIMEOUT = 10.0
@@ -28,6 +28,7 @@ _POLL = 0.1
 _BUS_START = 10.0
 _SOCKET_PATH_MAX = 107  # unix(7): sun_path holds 108 bytes with its NUL
 _NULL_TIMEOUT = 2.0
+_RECORDS_TIMEOUT = 2.0
 
 
 class GraceState(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,9 +79,10 @@ class Ganesha:
         return self._config
 
     async def wait_ready(self, timeout: float) -> None:
-        """Returns once the server answers an NFSv4 NULL call.
+        """Returns once the server answers an NFSv4 NULL call and has all its exports.
 
-        Raises StartError, with the reason from its log, as soon as it has exited, or after `timeout` seconds.
+        Raises StartError, with the reason from its log, as soon as it has exited or has left out an export, and after
+        `timeout` seconds.
         """
         with trio.move_on_after(timeout):
             pause = 0.01
@@ -106,9 +108,17 @@ class Ganesha:
             if not await self._control.name_owned():
                 return False
             await null_call(self._config.connect_host, self._config.port, _NULL_TIMEOUT)
+            present = await self._control.export_ids()
         except (DbusError, HealthError):
             return False
-        return self.returncode is None
+        if self.returncode is not None:
+            return False
+        # ganesha serves without an export that it cannot make, with no more than a line in its log.
+        if missing := {export.export_id for export in self._config.exports} - present:
+            paths = ", ".join(str(export.path) for export in self._config.exports if export.export_id in missing)
+            reason = logs.failure_reason(self._start_log) or "no reason given"
+            raise StartError(f"it does not export {paths}: {reason}", log=log_path(self._run_dir))
+        return True
 
     def _failed_start(self) -> StartError:
         self._read_log()
@@ -139,14 +149,24 @@ class Ganesha:
         await null_call(self._config.connect_host, self._config.port, timeout)
 
     async def clients(self) -> list[NfsClient]:
-        """Client addresses seen since the start, with the ids that hold a lease there. Raises DbusError."""
+        """Addresses that made more than NULL calls since the start, with the ids of clients that hold a lease there.
+
+        A client whose lease expired or was given back, as by a clean unmount, stays listed without its id. Behind a
+        translation to one source address (DESIGN section 5) there is one entry. Raises DbusError, RecoveryError.
+        """
+        clients = await self._control.clients()
+        # The records lie on the volume, which may hang; the counters above must be there all the same.
+        records: list[ClientRecord] = []
+        with trio.move_on_after(_RECORDS_TIMEOUT):
+            records = await trio.to_thread.run_sync(list_records, self._config.recovery_root, abandon_on_cancel=True)
         ids: dict[str, list[str]] = {}
-        for record in list_records(self._config.recovery_root):
+        for record in records:
             if not record.old:
-                ids.setdefault(record.address, []).append(record.client_id)
+                ids.setdefault(plain_address(record.address), []).append(record.client_id)
         return [
             msgspec.structs.replace(client, client_ids=tuple(sorted(ids.get(client.address, ()))))
-            for client in await self._control.clients()
+            for client in clients
+            if client.versions
         ]
 
     async def grace(self) -> GraceState:
@@ -229,13 +249,14 @@ async def run_ganesha(
     user. `epoch` (32 bits) must never be used twice for a volume: write verifiers, client ids and stateids derive from
     it. `keep_fds` are inherited under the same numbers. When this process dies the server lives on.
 
-    Raises ConfigError, MissingProgramError, StartError, and at the end StopError.
+    Raises ConfigError, MissingProgramError, StartError, RecoveryError, and at the end StopError.
     """
     if not 0 < epoch < 2**32:
         raise ConfigError(f"the epoch must be 1 to {2**32 - 1}, not {epoch}")
     ganesha_program = _program("ganesha.nfsd", "nfs-ganesha")
     _program("dbus-daemon", "dbus-daemon")
     path = _prepare(config, run_dir)
+    await trio.to_thread.run_sync(_prepare_records, config.recovery_root, abandon_on_cancel=True)
     command = [ganesha_program, "-F", "-E", str(epoch), "-f", str(path), "-L", str(log_path(run_dir))]
     command += ["-p", str(run_dir / "ganesha.pid")]
     socket = run_dir / "bus.sock"
@@ -271,6 +292,12 @@ def write_config(config: ServerConfig, run_dir: Path) -> Path:
     temporary.write_text(render(config, run_dir), encoding="utf-8", errors="surrogateescape")
     os.replace(temporary, path)
     return path
+
+
+def _prepare_records(recovery_root: Path) -> None:
+    # ganesha would create at most the last directory, and go on without records when it cannot.
+    make_durable(recovery_root)
+    consolidate(recovery_root)
 
 
 def _prepare(config: ServerConfig, run_dir: Path) -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jinja2
 
-from ganesha.config import ServerConfig, check, filesystem_id, normal_network
+from ganesha.config import ServerConfig, check, client_list, filesystem_id
 from ganesha.errors import ConfigError
 
 _SQUASH = {"none": "No_Root_Squash", "root": "Root_Squash", "all": "All_Squash"}
@@ -38,7 +38,7 @@ _environment = jinja2.Environment(
     autoescape=False,
 )
 _environment.filters["quote"] = quote
-_environment.filters["network"] = normal_network
+_environment.filters["client_list"] = client_list
 
 
 def render(config: ServerConfig, run_dir: Path) -> str:
