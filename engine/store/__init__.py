@@ -1,0 +1,8 @@
+"""A replica on disk: layout, snapshot chain, fencing token and region maps. Synchronous; see docs/on-disk-format.md."""
+
+from engine.store.layout import ReplicaInfo, create_replica, inspect_replica, resize_replica
+from engine.store.maps import RegionMaps
+from engine.store.regions import REGION_SIZE
+from engine.store.store import Store
+
+__all__ = ["REGION_SIZE", "RegionMaps", "ReplicaInfo", "Store", "create_replica", "inspect_replica", "resize_replica"]

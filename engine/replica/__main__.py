@@ -1,0 +1,71 @@
+"""`python -m engine.replica CONFIG.json`: one replica server, a plain child of whoever supervises it.
+
+Exit status: 0 left in order, 1 a sync failed and the replica must leave, 2 it could not start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+import msgspec
+import structlog
+import trio
+
+from engine.errors import EngineError
+from engine.launch import ReplicaConfig
+from engine.replica.listener import Listener, listen
+from engine.replica.log import configure_logging
+from engine.replica.server import Server
+from engine.store import Store
+
+log = structlog.get_logger()
+
+FAILED = 1
+NOT_STARTED = 2
+
+
+async def _serve(store: Store, key: bytes, listener: Listener) -> bool:
+    async with trio.open_nursery() as nursery:
+        server = Server(store, key)
+        await nursery.start(server.stop_on_signal)
+        line = msgspec.json.encode({"event": "listening", "address": listener.address}) + b"\n"
+        with contextlib.suppress(OSError):  # the supervisor may be gone already
+            os.write(1, line)
+        log.info("listening", address=listener.address, replica=store.identity.replica, instance=server.instance)
+        clean = await server.serve(listener)
+        nursery.cancel_scope.cancel()
+    return clean
+
+
+def main(arguments: list[str]) -> int:
+    configure_logging()
+    if len(arguments) != 1:
+        log.error("cannot start", reason="usage: python -m engine.replica CONFIG.json")
+        return NOT_STARTED
+    try:
+        config = msgspec.json.decode(Path(arguments[0]).read_bytes(), type=ReplicaConfig)
+        key = Path(config.secret_file).read_bytes()
+        if not key:
+            log.error("cannot start", reason=f"the secret file {config.secret_file} is empty")
+            return NOT_STARTED
+        store = Store.open(Path(config.directory))
+    except (OSError, msgspec.DecodeError, EngineError) as error:
+        log.error("cannot start", reason=str(error))
+        return NOT_STARTED
+    try:
+        listener = listen(config.listen)
+    except EngineError as error:
+        store.close()
+        log.error("cannot start", reason=str(error))
+        return NOT_STARTED
+    clean = trio.run(_serve, store, key, listener)
+    listener.close()
+    store.close()
+    return 0 if clean else FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,350 @@
+"""One connection of an engine: handshake, then batches of frames, executed inline and answered with one sendmsg.
+
+No task, thread or stream per request: the cost of a request is a few calls. What cannot be answered at once (a write
+that waits for its intent bits, a flush) is parked in the server, which answers through `reply`.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from typing import TYPE_CHECKING
+
+import msgspec
+import structlog
+import trio
+from google_crc32c import value as crc32c
+
+from engine.errors import AuthenticationError, ProtocolError, VersionError
+from engine.wire import messages
+from engine.wire.frame import REPLY, Buffer, Frame, FrameReader, FrameType, Status, encode_header
+from engine.wire.handshake import NONCE_SIZE, check_proof, choose_version, new_nonce, proof
+
+if TYPE_CHECKING:
+    from engine.replica.server import Server
+
+log = structlog.get_logger()
+
+HANDSHAKE_SECONDS = 5.0
+MAX_REQUEST = 1 << 20
+MAX_UNSENT = 8 << 20
+IOV_MAX = 1024
+
+READ, WRITE, FLUSH, UNMAP = int(FrameType.READ), int(FrameType.WRITE), int(FrameType.FLUSH), int(FrameType.UNMAP)
+PING, SETTLED, BITMAP = int(FrameType.PING), int(FrameType.SETTLED), int(FrameType.BITMAP)
+HELLO, AUTH = int(FrameType.HELLO), int(FrameType.AUTH)
+# answered after work of their own; the frames behind them on the connection wait
+CONTROL = frozenset(map(int, (FrameType.OPEN, FrameType.STATUS, FrameType.TRACK, FrameType.STATE, FrameType.CLOSE)))
+WITHOUT_OPEN = frozenset(map(int, (FrameType.OPEN, FrameType.STATUS, FrameType.PING)))
+DATA = frozenset((READ, WRITE, FLUSH, UNMAP, SETTLED, BITMAP))
+
+
+class ConnectionEndError(Exception):
+    """The peer closed."""
+
+
+class Connection:
+    def __init__(self, server: Server, sock: socket.socket, peer: str) -> None:
+        self.server = server
+        self.peer = peer
+        self.token: tuple[int, int] | None = None
+        self.authenticated = False
+        self.read_scope = trio.CancelScope()
+        self._scope = trio.CancelScope()
+        self._sock = sock
+        self._reader = FrameReader()
+        self._out: list[Buffer] = []
+        self._unsent = 0
+        self._draining: trio.Event | None = None
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self) -> None:
+        """Serve until the peer leaves or misbehaves; never raises for what a peer does."""
+        reason = ""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as self._nursery:
+                    with self.read_scope:
+                        try:
+                            with trio.fail_after(HANDSHAKE_SECONDS):
+                                frames = await self._handshake()
+                            await self._serve(frames)
+                        except trio.TooSlowError:
+                            reason = "not authenticated in time"
+                        except (ProtocolError, VersionError) as error:
+                            reason = str(error)
+                        except ConnectionEndError:
+                            pass
+                        except OSError as error:
+                            reason = error.strerror or str(error)
+                        # what was answered before the end, and why a handshake was refused, is worth a try
+                        if self._draining is None:
+                            self._send_some()
+                        self._nursery.cancel_scope.cancel()
+                    await trio.sleep_forever()
+        finally:
+            self._nursery = None
+            self._sock.close()
+            if reason:
+                log.warning("connection closed", peer=self.peer, reason=reason)
+
+    def close(self) -> None:
+        self._scope.cancel()
+
+    async def drained(self) -> None:
+        """Wait until everything replied so far is with the kernel."""
+        while self._draining is not None:
+            await self._draining.wait()
+
+    async def _receive(self) -> list[Frame]:
+        self.send()
+        while True:
+            await trio.lowlevel.wait_readable(self._sock)
+            try:
+                count = self._sock.recv_into(self._reader.space())
+            except BlockingIOError:
+                continue
+            if not count:
+                if self._reader.partial:
+                    raise ProtocolError("the connection ended within a frame")
+                raise ConnectionEndError
+            self._reader.received(count)
+            if frames := self._reader.frames():
+                return frames
+
+    async def _handshake(self) -> list[Frame]:
+        """Returns the frames that came right behind the proof. Raises ProtocolError, VersionError."""
+        frames = await self._receive()
+        kind, _, seq, _, _, payload = frames.pop(0)
+        if kind != HELLO:
+            raise AuthenticationError(f"frame type {kind:#x} instead of a hello")
+        hello = messages.decode(payload, messages.Hello)
+        if len(hello.nonce) != NONCE_SIZE:
+            raise ProtocolError(f"nonce of {len(hello.nonce)} bytes")
+        try:
+            version = choose_version(hello)
+        except VersionError as error:
+            # the range is what the peer needs to tell its operator which side to upgrade
+            ours = msgspec.msgpack.encode({"version_min": error.ours[0], "version_max": error.ours[1]})
+            self.reply(HELLO, Status.UNSUPPORTED_VERSION, seq, payload=ours)
+            raise
+        nonce = new_nonce()
+        self.reply(HELLO, Status.OK, seq, payload=messages.encode(messages.HelloReply(version=version, nonce=nonce)))
+        if not frames:
+            frames = await self._receive()
+        kind, _, seq, _, _, payload = frames.pop(0)
+        if kind != AUTH:
+            raise AuthenticationError(f"frame type {kind:#x} instead of a proof")
+        key = self.server.key
+        try:
+            given = messages.decode(payload, messages.Auth).proof
+            check_proof(given, proof(key, "client", version, hello.nonce, nonce), "the peer")
+        except ProtocolError:
+            self.reply(AUTH, Status.UNAUTHENTICATED, seq)
+            raise
+        self.authenticated = True
+        answer = messages.AuthReply(
+            proof=proof(key, "replica", version, hello.nonce, nonce),
+            replica=self.server.store.identity.replica,
+            instance=self.server.instance,
+        )
+        self.reply(AUTH, Status.OK, seq, payload=messages.encode(answer))
+        return frames
+
+    async def _serve(self, frames: list[Frame]) -> None:
+        while True:
+            at, count = 0, len(frames)
+            while at < count:
+                at = self._execute(frames, at)
+                if at < count and frames[at][0] in CONTROL and self._unsent <= MAX_UNSENT:
+                    await self.server.control(self, frames[at])
+                    at += 1
+                self.send()
+                if self._unsent > MAX_UNSENT:
+                    await self.drained()
+                await self.server.room()
+            frames = await self._receive()
+
+    def _execute(self, frames: list[Frame], at: int) -> int:
+        """Execute from `frames[at]` on; returns the index of the first frame that needs the caller.
+
+        Synchronous, so whoever owns the replica at its first frame owns it at its last.
+        """
+        server = self.server
+        if server.owner is not self or server.failed:
+            return self._refuse(frames, at)
+        store, counters, out = server.store, server.counters, self._out
+        touch, size = store.maps.touch, store.size
+        reply_read, reply_write = READ | REPLY, WRITE | REPLY
+        server.tick()
+        for index in range(at, len(frames)):
+            kind, _, seq, offset, length, payload = frames[index]
+            if kind == READ:
+                if offset + length > size or not 0 < length <= MAX_REQUEST or payload:
+                    self._bad_range(frames[index])
+                    continue
+                try:
+                    data = store.read(offset, length)
+                except OSError as error:
+                    self._io_error(frames[index], error)
+                    continue
+                out.append(encode_header(reply_read, 0, seq, offset, length, length, crc32c(data)))
+                out.append(data)
+                self._unsent += 40 + length
+                counters.reads += 1
+                counters.read_bytes += length
+                if self._unsent > MAX_UNSENT:
+                    return index + 1
+            elif kind == WRITE:
+                if offset + length > size or not 0 < length <= MAX_REQUEST or len(payload) != length:
+                    self._bad_range(frames[index])
+                elif touch(offset, length, seq):
+                    try:
+                        store.write(offset, payload)
+                    except OSError as error:
+                        self._io_error(frames[index], error)
+                        continue
+                    out.append(encode_header(reply_write, 0, seq, offset, length))
+                    self._unsent += 40
+                    counters.writes += 1
+                    counters.written_bytes += length
+                else:
+                    server.park(self, frames[index])
+            elif kind == FLUSH:
+                server.flush(self, frames[index])
+            elif kind == UNMAP:
+                if offset + length > size or not 0 < length <= MAX_REQUEST or payload:
+                    self._bad_range(frames[index])
+                elif touch(offset, length, seq):
+                    self.apply(frames[index])
+                else:
+                    server.park(self, frames[index])
+            elif kind == PING:
+                self.reply(kind, 0, seq)
+            elif kind == SETTLED:
+                server.settled(self, frames[index])
+            elif kind == BITMAP:
+                self._bitmap(frames[index])
+            elif kind in CONTROL:
+                return index
+            else:
+                raise ProtocolError(f"unknown frame type {kind:#x}")
+        return len(frames)
+
+    def apply(self, frame: Frame) -> None:
+        """A write or unmap that its maps admit, and its reply."""
+        kind, _, seq, offset, length, payload = frame
+        counters = self.server.counters
+        try:
+            if kind == WRITE:
+                self.server.store.write(offset, payload)
+                counters.writes += 1
+                counters.written_bytes += length
+            else:
+                self.server.store.unmap(offset, length)
+                counters.unmaps += 1
+        except OSError as error:
+            self._io_error(frame, error)
+            return
+        self.reply(kind, 0, seq, offset=offset, length=length)
+
+    def _refuse(self, frames: list[Frame], at: int) -> int:
+        for index in range(at, len(frames)):
+            kind, _, seq, _, _, _ = frames[index]
+            if self.server.failed:
+                self.reply(kind, Status.IO_ERROR, seq, payload=self.server.failed.encode())
+            elif kind == PING:
+                self.reply(kind, 0, seq)
+            elif kind in WITHOUT_OPEN:
+                return index
+            elif kind in DATA or kind in CONTROL:
+                self.refuse_unopened(frames[index])
+            else:
+                raise ProtocolError(f"unknown frame type {kind:#x}")
+        return len(frames)
+
+    def refuse_unopened(self, frame: Frame) -> None:
+        """This connection does not own the replica (any more)."""
+        if self.token is not None and self.token < self.server.token:
+            self.reply(frame[0], Status.STALE_EPOCH, frame[2], payload=self.server.highest())
+        else:
+            self.reply(frame[0], Status.NOT_OPEN, frame[2])
+
+    def _bad_range(self, frame: Frame) -> None:
+        kind, _, seq, offset, length, payload = frame
+        size = self.server.store.size
+        status = Status.OUT_OF_RANGE if offset + length > size else Status.BAD_REQUEST
+        text = f"{offset}+{length} with {len(payload)} bytes, volume of {size}"
+        self.reply(kind, status, seq, payload=text.encode())
+
+    def _io_error(self, frame: Frame, error: OSError) -> None:
+        status = Status.NO_SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else Status.IO_ERROR
+        log.error("request failed", type=frame[0], offset=frame[3], length=frame[4], reason=str(error))
+        self.reply(frame[0], status, frame[2], payload=str(error).encode())
+
+    def _bitmap(self, frame: Frame) -> None:
+        kind, _, seq, offset, length, payload = frame
+        name = messages.decode(payload, messages.Bitmap).name
+        try:
+            bits = self.server.store.maps.bitmap(name)
+        except KeyError:
+            self.reply(kind, Status.BAD_REQUEST, seq, payload=f"no map of replica {name!r}".encode())
+            return
+        page = bits[offset : offset + min(length, MAX_REQUEST)]
+        self.reply(kind, 0, seq, offset=offset, length=len(bits), payload=page)
+
+    def reply(
+        self, kind: int, status: int, seq: int, *, offset: int = 0, length: int = 0, payload: bytes = b""
+    ) -> None:
+        """Queue a reply; during a batch it leaves with the batch, otherwise call `send`."""
+        crc = crc32c(payload) if payload else 0
+        self._out.append(encode_header(kind | REPLY, status, seq, offset, length, len(payload), crc))
+        self._unsent += 40 + len(payload)
+        if payload:
+            self._out.append(payload)
+
+    def send(self) -> None:
+        """Send what is queued, as far as the kernel takes it now; the rest follows by itself."""
+        if not self._out or self._draining is not None or self._nursery is None:
+            return
+        if not self._send_some():
+            self._draining = trio.Event()
+            self._nursery.start_soon(self._drain)
+
+    def _send_some(self) -> bool:
+        """True when nothing is left."""
+        out = self._out
+        while out:
+            try:
+                sent = self._sock.sendmsg(out if len(out) <= IOV_MAX else out[:IOV_MAX])
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                # the reader will see it too, and ends the connection
+                log.info("peer gone", peer=self.peer, reason=error.strerror)
+                out.clear()
+                self._unsent = 0
+                self.close()
+                return True
+            self._unsent -= sent
+            if not self._unsent:
+                out.clear()
+                return True
+            done = 0
+            while sent >= len(out[done]):
+                sent -= len(out[done])
+                done += 1
+            del out[:done]
+            if sent:
+                out[0] = memoryview(out[0])[sent:]
+        return True
+
+    async def _drain(self) -> None:
+        drained = self._draining
+        assert drained is not None
+        try:
+            while not self._send_some():
+                await trio.lowlevel.wait_writable(self._sock)
+        finally:
+            self._draining = None
+            drained.set()

@@ -1,0 +1,124 @@
+"""The listening socket of `unix:/path` and `tcp:host:port` addresses."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+from pathlib import Path
+
+from engine.errors import EngineError
+
+BACKLOG = 64
+SOCKET_BUFFER = 4 << 20
+
+
+class ListenError(EngineError):
+    def __init__(self, address: str, reason: str) -> None:
+        super().__init__(address, reason)
+        self.address = address
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"cannot listen on {self.address}: {self.reason}"
+
+
+class Listener:
+    """`address` is the actual one, with the port that the kernel chose for port 0."""
+
+    def __init__(self, sock: socket.socket, address: str, path: Path | None = None) -> None:
+        self.sock = sock
+        self.address = address
+        self._path = path
+        self._inode = path.stat().st_ino if path else 0
+
+    def close(self) -> None:
+        self.sock.close()
+        if self._path is not None:
+            with contextlib.suppress(FileNotFoundError):
+                if self._path.lstat().st_ino == self._inode:
+                    self._path.unlink()
+
+
+def listen(address: str) -> Listener:
+    """Raises ListenError."""
+    scheme, _, rest = address.partition(":")
+    try:
+        if scheme == "unix" and rest:
+            return _listen_unix(address, Path(rest))
+        if scheme == "tcp":
+            return _listen_tcp(address, rest)
+    except OSError as error:
+        raise ListenError(address, error.strerror or str(error)) from error
+    raise ListenError(address, "it is neither unix:/path nor tcp:host:port")
+
+
+def _listen_unix(address: str, path: Path) -> Listener:
+    if len(os.fsencode(path)) > 107:
+        raise ListenError(address, "the path of a unix socket has at most 107 bytes (unix(7))")
+    _remove_stale(address, path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    before = os.umask(0o177)
+    try:
+        sock.bind(str(path))
+    except OSError:
+        sock.close()
+        raise
+    finally:
+        os.umask(before)
+    sock.listen(BACKLOG)
+    return Listener(sock, address, path)
+
+
+def _remove_stale(address: str, path: Path) -> None:
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise ListenError(address, "there is a file that is not a socket")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except FileNotFoundError:
+            return
+        except BlockingIOError:
+            pass  # its backlog is full, so somebody is there
+    raise ListenError(address, "another process answers there")
+
+
+def _listen_tcp(address: str, rest: str) -> Listener:
+    host, _, port = rest.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ListenError(address, "it is not tcp:host:port")
+    family, kind, number, _, where = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+    sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, number)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(where)
+        sock.listen(BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    actual = sock.getsockname()[1]
+    return Listener(sock, f"tcp:[{host}]:{actual}" if family == socket.AF_INET6 else f"tcp:{host}:{actual}")
+
+
+def tune(sock: socket.socket) -> None:
+    """Make an accepted or connected data socket fit for batches. Never fails."""
+    sock.setblocking(False)
+    with contextlib.suppress(OSError):
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        else:
+            # TCP sizes its buffers itself, and better
+            for plain, forced in ((socket.SO_SNDBUF, 32), (socket.SO_RCVBUF, 33)):  # SO_SNDBUFFORCE, SO_RCVBUFFORCE
+                try:
+                    sock.setsockopt(socket.SOL_SOCKET, forced, SOCKET_BUFFER)
+                except PermissionError:
+                    sock.setsockopt(socket.SOL_SOCKET, plain, SOCKET_BUFFER)

@@ -1,0 +1,415 @@
+"""A replica's server: who owns the replica, what waits for which sync, and how the process leaves.
+
+At most one connection, `owner`, may touch the data: the one that opened with the highest token. Every batch of
+frames checks that once and then runs without an await, so a batch belongs wholly to one owner. Anything that was
+parked across an await is checked again before it is applied or answered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import msgspec
+import structlog
+import trio
+
+from engine.errors import StoreError
+from engine.replica.connection import FLUSH, Connection
+from engine.replica.gate import Gate
+from engine.replica.listener import Listener, tune
+from engine.store import REGION_SIZE, Store
+from engine.wire import messages
+from engine.wire.frame import Frame, FrameType, Status
+
+log = structlog.get_logger()
+
+MAX_UNAUTHENTICATED = 64
+MAX_PARKED = 64 << 20
+EXPIRE_SECONDS = 2.0
+LEAVE_SECONDS = 2.0
+
+
+@dataclass
+class Counters:
+    reads: int = 0
+    writes: int = 0
+    flushes: int = 0
+    unmaps: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+
+
+class Server:
+    def __init__(self, store: Store, key: bytes) -> None:
+        self.store = store
+        self.key = key
+        self.instance = os.urandom(8).hex()
+        self.owner: Connection | None = None
+        self.token = store.token
+        self.failed = ""
+        self.counters = Counters()
+        self._connections: dict[Connection, None] = {}  # oldest first
+        self._gate: Gate[tuple[Connection, Frame]] = Gate(store.maps)
+        self._parked_bytes = 0
+        self._flushes: list[tuple[Connection, Frame]] = []
+        self._syncing_head = False
+        self._wake_maps = trio.Event()
+        self._wake_head = trio.Event()
+        self._changed = trio.Condition()
+        self._control = trio.Lock()
+        self._stop = trio.Event()
+
+    async def serve(self, listener: Listener) -> bool:
+        """Serve until `stop` (True: everything submitted is on disk) or a failure (False). Closes the listener."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._accept, listener, nursery)
+            nursery.start_soon(self._sync_maps)
+            nursery.start_soon(self._sync_head)
+            nursery.start_soon(self._expire)
+            await self._stop.wait()
+            listener.close()
+            if not self.failed:
+                await self._leave()
+            with trio.move_on_after(LEAVE_SECONDS):
+                for connection in list(self._connections):
+                    connection.send()
+                    await connection.drained()
+            nursery.cancel_scope.cancel()
+        return not self.failed
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    async def stop_on_signal(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            task_status.started()
+            async for number in signals:
+                log.info("leaving", signal=signal.Signals(number).name)
+                self.stop()
+
+    async def _leave(self) -> None:
+        for connection in self._connections:
+            connection.read_scope.cancel()
+        await self._quiesce()
+        if not self.failed:
+            try:
+                await trio.to_thread.run_sync(self.store.sync)
+            except OSError as error:
+                self.fail(f"fdatasync failed: {error}")
+
+    # connections
+
+    async def _accept(self, listener: Listener, nursery: trio.Nursery) -> None:
+        while not self._stop.is_set():
+            with trio.move_on_after(1):
+                await trio.lowlevel.wait_readable(listener.sock)
+            try:
+                sock, peer = listener.sock.accept()
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                if listener.sock.fileno() < 0:
+                    return
+                log.warning("cannot accept a connection", reason=error.strerror)
+                await trio.sleep(0.1)
+                continue
+            tune(sock)
+            strangers = [connection for connection in self._connections if not connection.authenticated]
+            if len(strangers) >= MAX_UNAUTHENTICATED:
+                strangers[0].close()
+            connection = Connection(self, sock, _peer_name(sock, peer))
+            self._connections[connection] = None
+            nursery.start_soon(self._serve_connection, connection)
+
+    async def _serve_connection(self, connection: Connection) -> None:
+        try:
+            await connection.run()
+        finally:
+            self._connections.pop(connection, None)
+            if self.owner is connection:
+                self.owner = None
+
+    # data requests that cannot be answered at once
+
+    def tick(self) -> None:
+        self.store.maps.regions.now = time.monotonic()
+
+    def park(self, connection: Connection, frame: Frame) -> None:
+        """This write waits for the intent bits of its regions."""
+        self._gate.park((connection, frame), frame[3], frame[4])
+        self._parked_bytes += len(frame[5])
+        self._wake_maps.set()
+
+    async def room(self) -> None:
+        """Wait while too much is parked."""
+        if self._parked_bytes > MAX_PARKED:
+            async with self._changed:
+                while self._parked_bytes > MAX_PARKED and not self.failed:
+                    await self._changed.wait()
+
+    def flush(self, connection: Connection, frame: Frame) -> None:
+        """Answer once an fdatasync that starts after everything received before was applied is done."""
+        if not self._gate.barrier((connection, frame)):
+            self._flushes.append((connection, frame))
+            self._wake_head.set()
+
+    def settled(self, connection: Connection, frame: Frame) -> None:
+        try:
+            self.store.maps.settled(frame[3], bool(frame[4]))
+        except OSError as error:
+            self.fail(f"cannot write a region map: {error}")
+            connection.reply(frame[0], Status.IO_ERROR, frame[2], payload=self.failed.encode())
+            return
+        connection.reply(frame[0], 0, frame[2], offset=frame[3], length=frame[4])
+
+    async def _sync_maps(self) -> None:
+        while not self.failed:
+            while not self._gate.waiting:
+                self._wake_maps = trio.Event()
+                await self._wake_maps.wait()
+            try:
+                sync = self._gate.begin()
+                await trio.to_thread.run_sync(sync.run)
+            except OSError as error:
+                self._fail_parked(f"cannot write a region map: {error}")
+                return
+            touched: dict[Connection, None] = {}
+            for connection, frame in self._gate.finish(sync):
+                self._parked_bytes -= len(frame[5])
+                # the owner may have changed during the sync
+                if connection is not self.owner:
+                    continue
+                if frame[0] == FLUSH:
+                    self._flushes.append((connection, frame))
+                    self._wake_head.set()
+                else:
+                    connection.apply(frame)
+                    touched[connection] = None
+            for connection in touched:
+                connection.send()
+            await self._notify()
+
+    async def _sync_head(self) -> None:
+        while not self.failed:
+            while not self._flushes:
+                self._wake_head = trio.Event()
+                await self._wake_head.wait()
+            waiting, self._flushes = self._flushes, []
+            self._syncing_head = True
+            try:
+                await trio.to_thread.run_sync(self.store.sync)
+            except OSError as error:
+                self._flushes = waiting + self._flushes
+                self._fail_parked(f"fdatasync failed: {error}")
+                return
+            self._syncing_head = False
+            touched: dict[Connection, None] = {}
+            for connection, frame in waiting:
+                self.counters.flushes += 1
+                if connection is self.owner:
+                    connection.reply(frame[0], 0, frame[2])
+                    touched[connection] = None
+            for connection in touched:
+                connection.send()
+            await self._notify()
+
+    async def _expire(self) -> None:
+        while not self.failed:
+            await trio.sleep(EXPIRE_SECONDS)
+            self.tick()
+            try:
+                self.store.maps.expire()
+            except OSError as error:
+                self._fail_parked(f"cannot write a region map: {error}")
+
+    def fail(self, reason: str) -> None:
+        """For good: what the kernel dropped after a failed sync cannot be had back, so this replica leaves."""
+        if not self.failed:
+            self.failed = reason
+            log.error("replica failed", reason=reason)
+        self._stop.set()
+
+    def _fail_parked(self, reason: str) -> None:
+        self.fail(reason)
+        for connection, frame in (*self._gate.discard(), *self._flushes):
+            connection.reply(frame[0], Status.IO_ERROR, frame[2], payload=reason.encode())
+            connection.send()
+        self._flushes = []
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _quiesce(self) -> None:
+        """Wait until nothing is parked."""
+        async with self._changed:
+            while not self.failed and (not self._gate.idle or self._flushes or self._syncing_head):
+                await self._changed.wait()
+
+    # control requests
+
+    async def control(self, connection: Connection, frame: Frame) -> None:
+        """Answer a request that has work of its own. Raises ProtocolError."""
+        kind, _, seq, _, _, payload = frame
+        try:
+            if kind == FrameType.STATUS:
+                connection.reply(kind, 0, seq, payload=messages.encode(self._status()))
+            elif kind == FrameType.OPEN:
+                await self._open(connection, frame, messages.decode(payload, messages.Open))
+            elif kind == FrameType.TRACK:
+                await self._track(connection, frame, messages.decode(payload, messages.Track))
+            elif kind == FrameType.STATE:
+                await self._state(connection, frame, messages.decode(payload, messages.State))
+            else:
+                await self._close(connection, frame)
+        except StoreError as error:
+            connection.reply(kind, Status.BAD_REQUEST, seq, payload=error.reason.encode())
+        except OSError as error:
+            log.error("request failed", type=kind, reason=str(error))
+            status = Status.NO_SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else Status.IO_ERROR
+            connection.reply(kind, status, seq, payload=str(error).encode())
+
+    @contextlib.asynccontextmanager
+    async def _whole(self) -> AsyncIterator[None]:
+        """One control request at a time, and to its end once begun, even if its connection goes meanwhile."""
+        async with self._control:
+            with trio.CancelScope(shield=True):
+                yield
+
+    def highest(self) -> bytes:
+        """Payload of a STALE_EPOCH reply."""
+        return msgspec.msgpack.encode({"epoch": self.token[0], "incarnation": self.token[1]})
+
+    async def _open(self, connection: Connection, frame: Frame, wanted: messages.Open) -> None:
+        kind, _, seq, _, _, _ = frame
+        token = (wanted.epoch, wanted.incarnation)
+        if wanted.volume_uuid != self.store.identity.uuid:
+            connection.reply(kind, Status.WRONG_VOLUME, seq)
+            return
+        if token >= self.token:
+            # from here on nothing of an older owner is applied or answered, even if the token cannot be persisted
+            self.token = token
+            self._depose(connection)
+        async with self._whole():
+            if token < self.token:
+                log.warning("open refused", peer=connection.peer, epoch=token[0], incarnation=token[1])
+                connection.reply(kind, Status.STALE_EPOCH, seq, payload=self.highest())
+                return
+            await trio.to_thread.run_sync(self.store.set_token, *token)
+            await trio.to_thread.run_sync(lambda: self.store.set_marks(dirty=True))
+            if token < self.token:  # a higher one came during the syncs
+                connection.reply(kind, Status.STALE_EPOCH, seq, payload=self.highest())
+                return
+            self._depose(connection)  # one with the same token may have been quicker
+            maps = self.store.maps
+            maps.regions.inherit()
+            connection.token = token
+            self.owner = connection
+            log.info("opened", peer=connection.peer, epoch=token[0], incarnation=token[1])
+            answer = messages.OpenReply(
+                size=self.store.size,
+                region_size=REGION_SIZE,
+                dirty_regions=maps.dirty_regions,
+                tracked=maps.tracked,
+                rebuilding=self.store.meta.rebuilding,
+            )
+            connection.reply(kind, 0, seq, payload=messages.encode(answer))
+
+    def _depose(self, successor: Connection) -> None:
+        """Discard what the owner has parked, and close it. Everything else of it is applied already."""
+        old, self.owner = self.owner, None
+        for connection, frame in self._gate.discard():
+            self._parked_bytes -= len(frame[5])
+            connection.refuse_unopened(frame)
+        if old is not None and old is not successor:
+            log.warning("superseded", peer=old.peer, by=successor.peer)
+            old.send()
+            old.close()
+
+    async def _track(self, connection: Connection, frame: Frame, wanted: messages.Track) -> None:
+        async with self._whole():
+            if self._refused(connection, frame):
+                return
+            change = self.store.maps.begin_track(wanted.names)
+            try:
+                await trio.to_thread.run_sync(change.run)
+            except OSError as error:
+                self._fail_parked(f"cannot write a region map: {error}")
+                raise
+            self.store.maps.finish_track()
+        connection.reply(frame[0], 0, frame[2])
+
+    async def _state(self, connection: Connection, frame: Frame, wanted: messages.State) -> None:
+        async with self._whole():
+            if self._refused(connection, frame):
+                return
+            await trio.to_thread.run_sync(lambda: self.store.set_marks(rebuilding=wanted.rebuilding))
+        connection.reply(frame[0], 0, frame[2])
+
+    async def _close(self, connection: Connection, frame: Frame) -> None:
+        await self._quiesce()
+        async with self._whole():
+            if self._refused(connection, frame):
+                return
+            maps = self.store.maps
+            try:
+                await trio.to_thread.run_sync(self.store.sync)
+                if self._refused(connection, frame):  # deposed during the sync
+                    return
+                maps.clear_settled_attachment()
+                sync = maps.begin()
+                await trio.to_thread.run_sync(sync.run)
+            except OSError as error:
+                self._fail_parked(f"fdatasync failed: {error}")
+                raise
+            maps.finish(sync)
+            if not maps.dirty_regions:
+                await trio.to_thread.run_sync(lambda: self.store.set_marks(dirty=False))
+            if self.owner is connection:
+                self.owner = None
+            connection.token = None
+        connection.reply(frame[0], 0, frame[2])
+
+    def _refused(self, connection: Connection, frame: Frame) -> bool:
+        if self.failed:
+            connection.reply(frame[0], Status.IO_ERROR, frame[2], payload=self.failed.encode())
+            return True
+        if self.owner is not connection:
+            connection.refuse_unopened(frame)
+            return True
+        return False
+
+    def _status(self) -> messages.StatusReply:
+        store, counters = self.store, self.counters
+        return messages.StatusReply(
+            replica=store.identity.replica,
+            instance=self.instance,
+            volume=store.identity.volume,
+            volume_uuid=store.identity.uuid,
+            size=store.size,
+            allocated=store.allocated,
+            epoch=self.token[0],
+            incarnation=self.token[1],
+            rebuilding=store.meta.rebuilding,
+            dirty_regions=store.maps.dirty_regions,
+            tracked=store.maps.tracked,
+            reads=counters.reads,
+            writes=counters.writes,
+            flushes=counters.flushes,
+            unmaps=counters.unmaps,
+            read_bytes=counters.read_bytes,
+            written_bytes=counters.written_bytes,
+        )
+
+
+def _peer_name(sock: socket.socket, peer: object) -> str:
+    if isinstance(peer, tuple):
+        return f"{peer[0]}:{peer[1]}"
+    return f"unix, fd {sock.fileno()}"

@@ -1,0 +1,297 @@
+"""The replica directory: file names and metadata, byte-compatible with Longhorn's v1 engine (docs/on-disk-format.md).
+
+Longhorn's files keep their keys and their meaning, and keys that this release does not know survive a rewrite. What
+only this project knows is in files of its own, so that either side can open what the other wrote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from engine.durable import replace_file, sync_directory
+from engine.errors import FormatError, StoreError
+from engine.store.maps import INTENT_MAP, create_map, extend_map, list_changes
+
+FORMAT = 1
+BLOCK = 4096
+SECTOR_SIZE = 512
+MAX_SNAPSHOTS = 254
+REVISION_SIZE = 4096
+
+VOLUME_META = "volume.meta"
+IDENTITY = "share-manager.json"
+REVISION = "revision.counter"
+FIRST_HEAD = "volume-head-000.img"
+
+_HEAD_NAME = re.compile(r"volume-head-\d{3,}\.img")
+_SNAPSHOT_NAME = re.compile(r"volume-snap-[^/\0]+\.img")
+
+
+class VolumeMeta(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
+    """`volume.meta`. `size` in bytes; `head` and `parent` are image file names, `parent` is that of the head."""
+
+    size: int
+    head: str
+    dirty: bool = False
+    rebuilding: bool = False
+    error: str = ""
+    parent: str = ""
+    sector_size: int = SECTOR_SIZE
+    backing_file_path: str = ""
+
+
+class ImageMeta(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
+    """`<image>.meta`. `created` is RFC 3339 in UTC."""
+
+    name: str
+    parent: str = ""
+    removed: bool = False
+    user_created: bool = False
+    created: str = ""
+    labels: dict[str, str] | None = None
+
+
+class Identity(msgspec.Struct, frozen=True, kw_only=True):
+    """`share-manager.json`: whose replica this is, and the highest (epoch, incarnation) it has seen."""
+
+    format: int = FORMAT
+    volume: str
+    uuid: str
+    replica: str
+    epoch: int = 0
+    incarnation: int = 0
+
+
+class ReplicaInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a directory says of itself. `chain` names the images, newest (the head) first; sizes in bytes."""
+
+    volume: str
+    uuid: str
+    replica: str
+    size: int
+    allocated: int
+    epoch: int
+    incarnation: int
+    chain: tuple[str, ...]
+    dirty: bool
+    rebuilding: bool
+
+
+_T = TypeVar("_T", bound=msgspec.Struct)
+
+
+@contextlib.contextmanager
+def store_errors(directory: Path, doing: str) -> Iterator[None]:
+    """Turn OSError into StoreError."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(directory, f"cannot {doing}: {error.strerror or error}") from error
+
+
+def _read(directory: Path, name: str) -> bytes:
+    try:
+        return (directory / name).read_bytes()
+    except FileNotFoundError:
+        if not directory.is_dir():
+            raise StoreError(directory, "there is no such directory") from None
+        raise FormatError(directory, f"{name} is missing") from None
+    except OSError as error:
+        raise StoreError(directory, f"cannot read {name}: {error.strerror}") from error
+
+
+def _decode(directory: Path, name: str, raw: bytes, kind: type[_T]) -> _T:
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise FormatError(directory, f"{name} is damaged: {error}") from error
+
+
+def _write_json(path: Path, value: msgspec.Struct) -> None:
+    known: dict[str, Any] = msgspec.to_builtins(value)
+    try:
+        found = msgspec.json.decode(path.read_bytes())
+    except (FileNotFoundError, msgspec.DecodeError):
+        found = {}
+    kept = {key: value for key, value in found.items() if key not in known} if isinstance(found, dict) else {}
+    # one compact line, as Go's json.Encoder writes it
+    replace_file(path, msgspec.json.encode(known | kept) + b"\n")
+
+
+def read_identity(directory: Path) -> Identity:
+    """Raises FormatError for a newer format, StoreError."""
+    raw = _read(directory, IDENTITY)
+
+    class _Format(msgspec.Struct):
+        format: int
+
+    found = _decode(directory, IDENTITY, raw, _Format).format
+    if found > FORMAT:
+        raise FormatError(
+            directory, f"written in format {found}, this release knows up to {FORMAT}: use the newer release"
+        )
+    return _decode(directory, IDENTITY, raw, Identity)
+
+
+def write_identity(directory: Path, identity: Identity) -> None:
+    """Raises OSError."""
+    _write_json(directory / IDENTITY, identity)
+
+
+def read_volume_meta(directory: Path) -> VolumeMeta:
+    """Raises StoreError."""
+    meta = _decode(directory, VOLUME_META, _read(directory, VOLUME_META), VolumeMeta)
+    if not _HEAD_NAME.fullmatch(meta.head):
+        raise FormatError(directory, f"{VOLUME_META} names {meta.head!r} as head")
+    if meta.size <= 0 or meta.size % BLOCK:
+        raise FormatError(directory, f"{VOLUME_META} has size {meta.size}, not a positive multiple of {BLOCK}")
+    if meta.backing_file_path:
+        raise FormatError(directory, "the volume has a backing image, which this release cannot read")
+    return meta
+
+
+def write_volume_meta(directory: Path, meta: VolumeMeta) -> None:
+    """Raises OSError."""
+    _write_json(directory / VOLUME_META, meta)
+
+
+def read_image_meta(directory: Path, image: str) -> ImageMeta:
+    """Raises StoreError."""
+    return _decode(directory, f"{image}.meta", _read(directory, f"{image}.meta"), ImageMeta)
+
+
+def read_chain(directory: Path, head: str) -> tuple[str, ...]:
+    """Image names from the head down to the oldest snapshot. Raises StoreError."""
+    chain = [head]
+    while parent := read_image_meta(directory, chain[-1]).parent:
+        if not _SNAPSHOT_NAME.fullmatch(parent):
+            raise FormatError(directory, f"{chain[-1]}.meta names {parent!r} as parent")
+        if parent in chain:
+            raise FormatError(directory, f"the snapshot chain runs in a circle at {parent}")
+        chain.append(parent)
+        if len(chain) - 1 > MAX_SNAPSHOTS:
+            raise FormatError(directory, f"more than {MAX_SNAPSHOTS} snapshots in the chain")
+    return tuple(chain)
+
+
+def lock_directory(directory: Path) -> int:
+    """A descriptor that holds the directory until it is closed. Raises StoreError."""
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise StoreError(directory, "there is no such directory") from None
+    except OSError as error:
+        raise StoreError(directory, f"cannot open it: {error.strerror}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        if error.errno == errno.EWOULDBLOCK:
+            raise StoreError(directory, "another process is using it") from None
+        raise StoreError(directory, f"cannot lock it: {error.strerror}") from error
+    return fd
+
+
+def check_size(directory: Path, size: int) -> None:
+    if size <= 0 or size % BLOCK:
+        raise StoreError(directory, f"size {size} is not a positive multiple of {BLOCK} bytes")
+
+
+def create_replica(directory: Path, *, volume: str, uuid: str, replica: str, size: int) -> None:
+    """Make an empty replica of `size` bytes, wholly or not at all. Raises StoreError."""
+    check_size(directory, size)
+    directory = directory.absolute()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise StoreError(directory, "cannot create a replica here: it exists already and is not empty")
+    building = directory.with_name(f".{directory.name}.creating")
+    with store_errors(directory, "create the replica"):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(building, ignore_errors=True)
+        try:
+            building.mkdir(mode=0o700)
+            _fill(building, volume=volume, uuid=uuid, replica=replica, size=size)
+            os.rename(building, directory)
+            sync_directory(directory.parent)
+        except OSError:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+
+
+def _fill(directory: Path, *, volume: str, uuid: str, replica: str, size: int) -> None:
+    _truncate(directory / FIRST_HEAD, size, os.O_CREAT | os.O_EXCL)
+    created = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    _write_json(directory / f"{FIRST_HEAD}.meta", ImageMeta(name=FIRST_HEAD, created=created))
+    replace_file(directory / REVISION, b"0".ljust(REVISION_SIZE, b"\0"))
+    fd = create_map(directory / INTENT_MAP, size)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    write_volume_meta(directory, VolumeMeta(size=size, head=FIRST_HEAD))
+    write_identity(directory, Identity(volume=volume, uuid=uuid, replica=replica))
+
+
+def _truncate(path: Path, size: int, flags: int = 0) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
+    try:
+        if os.fstat(fd).st_size < size:
+            os.ftruncate(fd, size)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def inspect_replica(directory: Path) -> ReplicaInfo:
+    """Read the metadata, without a lock: safe beside a running server. Raises StoreError."""
+    identity = read_identity(directory)
+    meta = read_volume_meta(directory)
+    chain = read_chain(directory, meta.head)
+    with store_errors(directory, "read an image"):
+        allocated = sum((directory / image).stat().st_blocks * 512 for image in chain)
+    return ReplicaInfo(
+        volume=identity.volume,
+        uuid=identity.uuid,
+        replica=identity.replica,
+        size=meta.size,
+        allocated=allocated,
+        epoch=identity.epoch,
+        incarnation=identity.incarnation,
+        chain=chain,
+        dirty=meta.dirty,
+        rebuilding=meta.rebuilding,
+    )
+
+
+def resize_replica(directory: Path, size: int) -> None:
+    """Grow to `size` bytes; doing it again, also after a crash in between, is harmless. No server may be running.
+
+    Raises StoreError.
+    """
+    check_size(directory, size)
+    lock = lock_directory(directory)
+    try:
+        read_identity(directory)
+        meta = read_volume_meta(directory)
+        if size < meta.size:
+            raise StoreError(directory, f"cannot shrink from {meta.size} to {size} bytes")
+        if size == meta.size:
+            return
+        with store_errors(directory, "resize the replica"):
+            # volume.meta last: until it is there the larger files are only unused room
+            _truncate(directory / meta.head, size)
+            for name in (INTENT_MAP, *list_changes(directory).values()):
+                extend_map(directory / name, size)
+            write_volume_meta(directory, msgspec.structs.replace(meta, size=size))
+    finally:
+        os.close(lock)
