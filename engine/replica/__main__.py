@@ -14,11 +14,13 @@ import msgspec
 import structlog
 import trio
 
+from engine.address import Address
 from engine.errors import EngineError
 from engine.launch import ReplicaConfig
 from engine.replica.listener import Listener, listen
 from engine.replica.log import configure_logging
 from engine.replica.server import Server
+from engine.secret import read_secret
 from engine.store import Store
 
 log = structlog.get_logger()
@@ -31,10 +33,10 @@ async def _serve(store: Store, key: bytes, listener: Listener) -> bool:
     async with trio.open_nursery() as nursery:
         server = Server(store, key)
         await nursery.start(server.stop_on_signal)
-        line = msgspec.json.encode({"event": "listening", "address": listener.address}) + b"\n"
+        line = msgspec.json.encode({"event": "listening", "address": str(listener.address)}) + b"\n"
         with contextlib.suppress(OSError):  # the supervisor may be gone already
             os.write(1, line)
-        log.info("listening", address=listener.address, replica=store.identity.replica, instance=server.instance)
+        log.info("listening", address=str(listener.address), replica=store.identity.replica, instance=server.instance)
         clean = await server.serve(listener)
         nursery.cancel_scope.cancel()
     return clean
@@ -47,16 +49,14 @@ def main(arguments: list[str]) -> int:
         return NOT_STARTED
     try:
         config = msgspec.json.decode(Path(arguments[0]).read_bytes(), type=ReplicaConfig)
-        key = Path(config.secret_file).read_bytes()
-        if not key:
-            log.error("cannot start", reason=f"the secret file {config.secret_file} is empty")
-            return NOT_STARTED
+        key = read_secret(Path(config.secret_file))
+        address = Address.parse(config.listen)
         store = Store.open(Path(config.directory))
     except (OSError, msgspec.DecodeError, EngineError) as error:
         log.error("cannot start", reason=str(error))
         return NOT_STARTED
     try:
-        listener = listen(config.listen)
+        listener = listen(address)
     except EngineError as error:
         store.close()
         log.error("cannot start", reason=str(error))

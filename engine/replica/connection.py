@@ -10,7 +10,6 @@ import errno
 import socket
 from typing import TYPE_CHECKING
 
-import msgspec
 import structlog
 import trio
 from google_crc32c import value as crc32c
@@ -125,7 +124,7 @@ class Connection:
             version = choose_version(hello)
         except VersionError as error:
             # the range is what the peer needs to tell its operator which side to upgrade
-            ours = msgspec.msgpack.encode({"version_min": error.ours[0], "version_max": error.ours[1]})
+            ours = f"this replica speaks versions {error.ours[0]}..{error.ours[1]}".encode()
             self.reply(HELLO, Status.UNSUPPORTED_VERSION, seq, payload=ours)
             raise
         nonce = new_nonce()

@@ -1,4 +1,4 @@
-"""The listening socket of `unix:/path` and `tcp:host:port` addresses."""
+"""Where a replica listens, and the sockets it accepts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import socket
 import stat
 from pathlib import Path
 
+from engine.address import Address
 from engine.errors import EngineError
 
 BACKLOG = 64
@@ -15,7 +16,7 @@ SOCKET_BUFFER = 4 << 20
 
 
 class ListenError(EngineError):
-    def __init__(self, address: str, reason: str) -> None:
+    def __init__(self, address: Address, reason: str) -> None:
         super().__init__(address, reason)
         self.address = address
         self.reason = reason
@@ -27,7 +28,7 @@ class ListenError(EngineError):
 class Listener:
     """`address` is the actual one, with the port that the kernel chose for port 0."""
 
-    def __init__(self, sock: socket.socket, address: str, path: Path | None = None) -> None:
+    def __init__(self, sock: socket.socket, address: Address, path: Path | None = None) -> None:
         self.sock = sock
         self.address = address
         self._path = path
@@ -41,37 +42,32 @@ class Listener:
                     self._path.unlink()
 
 
-def listen(address: str) -> Listener:
+def listen(address: Address) -> Listener:
     """Raises ListenError."""
-    scheme, _, rest = address.partition(":")
     try:
-        if scheme == "unix" and rest:
-            return _listen_unix(address, Path(rest))
-        if scheme == "tcp":
-            return _listen_tcp(address, rest)
+        if isinstance(address.target, str):
+            return _listen_unix(address, Path(address.target))
+        return _listen_tcp(address)
     except OSError as error:
         raise ListenError(address, error.strerror or str(error)) from error
-    raise ListenError(address, "it is neither unix:/path nor tcp:host:port")
 
 
-def _listen_unix(address: str, path: Path) -> Listener:
-    if len(os.fsencode(path)) > 107:
-        raise ListenError(address, "the path of a unix socket has at most 107 bytes (unix(7))")
+def _listen_unix(address: Address, path: Path) -> Listener:
     _remove_stale(address, path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     before = os.umask(0o177)
     try:
         sock.bind(str(path))
+        sock.listen(BACKLOG)
     except OSError:
         sock.close()
         raise
     finally:
         os.umask(before)
-    sock.listen(BACKLOG)
     return Listener(sock, address, path)
 
 
-def _remove_stale(address: str, path: Path) -> None:
+def _remove_stale(address: Address, path: Path) -> None:
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise ListenError(address, "there is a file that is not a socket")
@@ -90,22 +86,17 @@ def _remove_stale(address: str, path: Path) -> None:
     raise ListenError(address, "another process answers there")
 
 
-def _listen_tcp(address: str, rest: str) -> Listener:
-    host, _, port = rest.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise ListenError(address, "it is not tcp:host:port")
-    family, kind, number, _, where = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
-    sock = socket.socket(family, kind | socket.SOCK_NONBLOCK, number)
+def _listen_tcp(address: Address) -> Listener:
+    sock = socket.socket(address.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(where)
+        sock.bind(address.target)
         sock.listen(BACKLOG)
     except OSError:
         sock.close()
         raise
-    actual = sock.getsockname()[1]
-    return Listener(sock, f"tcp:[{host}]:{actual}" if family == socket.AF_INET6 else f"tcp:{host}:{actual}")
+    host, port = sock.getsockname()[:2]
+    return Listener(sock, Address(address.family, (host, port)))
 
 
 def tune(sock: socket.socket) -> None:

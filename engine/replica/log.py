@@ -8,6 +8,8 @@ import select
 
 import structlog
 
+from engine import logs
+
 
 class Pipe:
     """Lines to a descriptor; one that would block, or has no reader any more, is dropped."""
@@ -27,14 +29,5 @@ class Pipe:
 
 
 def configure_logging() -> None:
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
-        logger_factory=lambda *args: Pipe(2),
-        cache_logger_on_first_use=True,
-    )
+    logs.configure()
+    structlog.configure(logger_factory=lambda *args: Pipe(2))

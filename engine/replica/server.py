@@ -16,7 +16,6 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-import msgspec
 import structlog
 import trio
 
@@ -285,7 +284,7 @@ class Server:
 
     def highest(self) -> bytes:
         """Payload of a STALE_EPOCH reply."""
-        return msgspec.msgpack.encode({"epoch": self.token[0], "incarnation": self.token[1]})
+        return messages.encode(messages.Token(epoch=self.token[0], incarnation=self.token[1]))
 
     async def _open(self, connection: Connection, frame: Frame, wanted: messages.Open) -> None:
         kind, _, seq, _, _, _ = frame

@@ -19,7 +19,7 @@ class ReplicaProcess:
         self.base = base
         self.directory = directory or base / "r1"
         secret = base / "secret"
-        secret.write_bytes(KEY)
+        secret.write_text(KEY.hex())
         self.config = ReplicaConfig(
             directory=str(self.directory), listen=listen or f"unix:{base}/r1.sock", secret_file=str(secret)
         )
