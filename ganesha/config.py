@@ -70,9 +70,17 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         return "127.0.0.1" if address.version == 4 else "::1"
 
 
+def encoded(text: str) -> bytes:
+    """The bytes of a name as the filesystem has them. Raises ConfigError for a lone surrogate."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"not a text that can be written: {text!r}") from error
+
+
 def filesystem_id(identity: str, export_id: int) -> str:
     """The NFSv4 fsid of an export: the same on every node, and after every restart."""
-    digest = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).digest()
+    digest = hashlib.sha256(encoded(identity)).digest()
     return f"{int.from_bytes(digest[:8], 'big') >> 1}.{export_id}"
 
 
@@ -156,7 +164,7 @@ def _check_export(export: Export) -> None:
     names = export.pseudo.split("/")
     if len(names) < 2 or names[0] or any(name in ("", ".", "..") for name in names[1:]):
         raise ConfigError(f"not a path for clients to mount: {export.pseudo!r}")
-    if any(len(name.encode("utf-8", "surrogateescape")) > _PSEUDO_NAME_MAX for name in names):
+    if any(len(encoded(name)) > _PSEUDO_NAME_MAX for name in names):
         raise ConfigError(f"a name is longer than {_PSEUDO_NAME_MAX} bytes: {export.pseudo!r}")
     for number in (export.anonymous_uid, export.anonymous_gid):
         if not 0 <= number < 2**32 - 1:

@@ -154,12 +154,13 @@ def make_durable(recovery_root: Path) -> None:
 def _bases(top: Path) -> Iterator[Path]:
     yield top
     if top.is_dir():
-        yield from (top / entry.name for entry in os.scandir(top) if _NODE.fullmatch(entry.name))
+        yield from (top / name for name in os.listdir(top) if _NODE.fullmatch(name))
 
 
 def _leaves(directory: Path, prefix: bytes) -> Iterator[tuple[bytes, Path]]:
     try:
-        names = [entry.name for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False)]
+        with os.scandir(directory) as entries:
+            names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
     except FileNotFoundError:  # ganesha removes records at any time
         return
     for name in names:
@@ -184,12 +185,12 @@ def _remove_leaf(base: Path, parts: list[str]) -> None:
     leaf = base.joinpath(*parts)
     if not leaf.is_dir():
         return
-    for entry in list(os.scandir(leaf)):
-        if not entry.is_dir(follow_symlinks=False):
-            os.unlink(entry.path)
+    for name in os.listdir(leaf):
+        if not (leaf / name).is_dir():
+            (leaf / name).unlink()
     for depth in range(len(parts), 0, -1):
         directory = base.joinpath(*parts[:depth])
-        if any(os.scandir(directory)):
+        if os.listdir(directory):
             break
         directory.rmdir()
         sync_directory(directory.parent)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jinja2
 
-from ganesha.config import ServerConfig, check, client_list, filesystem_id
+from ganesha.config import ServerConfig, check, client_list, encoded, filesystem_id
 from ganesha.errors import ConfigError
 
 _SQUASH = {"none": "No_Root_Squash", "root": "Root_Squash", "all": "All_Squash"}
@@ -20,7 +20,7 @@ def quote(value: str | Path) -> str:
     Raises ConfigError for a value that has both kinds of quote, a NUL, or cannot be said in either.
     """
     text = os.fspath(value) if isinstance(value, Path) else value
-    if "\0" in text:
+    if b"\0" in encoded(text):
         raise ConfigError(f"a NUL cannot be part of a configuration value: {text!r}")
     if "'" not in text:
         return f"'{text}'"
