@@ -152,10 +152,11 @@ class Request:
 class Resync:
     """What one returning replica still has to be given. `regions` is None until the maps are known."""
 
-    __slots__ = ("copied", "copying", "flushing", "regions", "total")
+    __slots__ = ("copied", "copying", "flushing", "overtaken", "regions", "total")
 
     def __init__(self) -> None:
         self.regions: deque[int] | None = None
+        self.overtaken: set[int] = set()
         self.copying = 0
         self.copied = 0
         self.total = 0
@@ -280,8 +281,7 @@ class Core:
         if self.stopped:
             return
         if op == READ and self.dirty:
-            first, last = offset // self.region_size, (offset + length - 1) // self.region_size
-            for region in range(first, last + 1):
+            for region in range(offset // self.region_size, (offset + length - 1) // self.region_size + 1):
                 if region in self.dirty and region not in self._equalising:
                     self._equalise(region)
         request = Request(op, offset, length, payload, token)
@@ -653,15 +653,23 @@ class Core:
         if self.stopped or bit & (self.fanout | self.leaving):
             return
         self.resyncing |= bit
-        self.resyncs[bit] = Resync()
+        resync = self.resyncs[bit] = Resync()
+        # on their way to the others and not to this one, perhaps not in the others' maps either yet
+        resync.overtaken = {
+            region for request in self.inflight.values() if request.op in _MUTATING for region in self._regions(request)
+        } | self.dirty
         self._step()
+
+    def _regions(self, request: Request) -> range:
+        last = request.offset + request.length - 1
+        return range(request.offset // self.region_size, last // self.region_size + 1)
 
     def resync(self, bit: int, regions: Iterable[int]) -> None:
         """`regions` (of the maps read after `opened`) may differ on replica `bit`."""
         resync = self.resyncs.get(bit)
         if resync is None or resync.regions is not None:
             return
-        resync.regions = deque(sorted(set(regions)))
+        resync.regions = deque(sorted(resync.overtaken.union(regions)))
         resync.total = len(resync.regions)
         self._pump()
 
