@@ -1,0 +1,236 @@
+"""What a run found: as values, as JSON, as tables."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from share_manager.bench.measure import Outcome, Plan
+from share_manager.bench.model import Cell, Operation, Pattern, Sample, Workload
+from share_manager.bench.summary import Spread, ratio, spread, spread_of
+
+FORMAT = 1
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Medians and ends over the repeats. `ratios` is keyed by the target that the median is divided by."""
+
+    per_second: Spread
+    bytes_per_second: Spread
+    cpu_us: Spread | None = None
+    latency_us: Spread | None = None
+    p99_us: Spread | None = None
+    ratios: dict[str, float]
+
+
+class CellResult(msgspec.Struct, frozen=True, kw_only=True):
+    target: str
+    cell: Cell
+    measured: Measured
+
+
+class WorkloadResult(msgspec.Struct, frozen=True, kw_only=True):
+    target: str
+    workload: Workload
+    measured: Measured
+
+
+class TargetNote(msgspec.Struct, frozen=True, kw_only=True):
+    """`unavailable` is empty for a target that was measured to the end."""
+
+    name: str
+    title: str
+    unavailable: str = ""
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    cpus: int
+    kernel: str
+    filesystem: str
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    format: int = FORMAT
+    machine: Machine
+    directory: str
+    size_bytes: int
+    seconds: float
+    repeats: int
+    targets: tuple[TargetNote, ...]
+    cells: tuple[CellResult, ...]
+    workloads: tuple[WorkloadResult, ...]
+
+
+def filesystem_of(path: Path, mountinfo: str) -> str:
+    """Type of the filesystem that holds `path`, from the text of /proc/self/mountinfo (proc(5))."""
+    found, longest = "unknown", -1
+    for line in mountinfo.splitlines():
+        fields = line.split()
+        mountpoint = fields[4].replace("\\040", " ")
+        # of two mounts on one place the later one is seen
+        if len(mountpoint) >= longest and path.is_relative_to(mountpoint):
+            found, longest = fields[fields.index("-") + 1], len(mountpoint)
+    return found
+
+
+def summarise(samples: Sequence[Sample], bases: dict[str, Sequence[Sample]]) -> Measured:
+    rate = spread([sample.per_second for sample in samples])
+    ratios = {
+        name: found
+        for name, base in bases.items()
+        if base and (found := ratio(rate.median, spread([sample.per_second for sample in base]).median)) is not None
+    }
+    return Measured(
+        per_second=rate,
+        bytes_per_second=spread([sample.bytes_per_second for sample in samples]),
+        cpu_us=spread_of(sample.cpu_us for sample in samples),
+        latency_us=spread_of(sample.latency_us for sample in samples),
+        p99_us=spread_of(sample.p99_us for sample in samples),
+        ratios=ratios,
+    )
+
+
+def report(plan: Plan, outcome: Outcome) -> Report:
+    """Ratios are to the first two targets of each kind that the run had."""
+    block_bases = [target.name for target in plan.block if target.name in ("plain", "loop")]
+    file_bases = [target.name for target in plan.files if target.name in ("directory", "ext4-loop")]
+    return Report(
+        machine=Machine(
+            cpus=len(os.sched_getaffinity(0)),
+            kernel=platform.release(),
+            filesystem=filesystem_of(plan.directory.resolve(), Path("/proc/self/mountinfo").read_text()),
+        ),
+        directory=str(plan.directory),
+        size_bytes=plan.size,
+        seconds=plan.seconds,
+        repeats=plan.repeats,
+        targets=tuple(
+            TargetNote(name=target.name, title=target.title, unavailable=outcome.unavailable.get(target.name, ""))
+            for target in plan.targets
+        ),
+        cells=tuple(
+            CellResult(
+                target=name,
+                cell=cell,
+                measured=summarise(samples, {base: outcome.cells.get((base, cell), ()) for base in block_bases}),
+            )
+            for (name, cell), samples in outcome.cells.items()
+        ),
+        workloads=tuple(
+            WorkloadResult(
+                target=name,
+                workload=workload,
+                measured=summarise(samples, {base: outcome.workloads.get((base, workload), ()) for base in file_bases}),
+            )
+            for (name, workload), samples in outcome.workloads.items()
+        ),
+    )
+
+
+def compact(value: float) -> str:
+    """Three digits that matter: 845, 9.12k, 12.3k, 208k."""
+    for factor, unit in ((1e6, "M"), (1e3, "k")):
+        if value >= factor * 0.9995:
+            scaled = value / factor
+            return f"{scaled:.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f}{unit}"
+    return f"{value:.{0 if value >= 99.5 else 1}f}"
+
+
+def _mebibytes(value: float) -> str:
+    mebibytes = value / (1 << 20)
+    return f"{mebibytes:.{0 if mebibytes >= 99.5 else 1}f}"
+
+
+def _entry(measured: Measured | None, in_bytes: bool) -> str:
+    if measured is None:
+        return "-"
+    values = measured.bytes_per_second if in_bytes else measured.per_second
+    show = _mebibytes if in_bytes else compact
+    ratios = " ".join(f"{value:.2f}" for value in measured.ratios.values())
+    return f"[bold]{show(values.median)}[/bold]  {ratios}\n[dim]{show(values.min)}..{show(values.max)}[/dim]"
+
+
+def _cpu(measured: Sequence[Measured | None]) -> str:
+    each = ["-" if one is None or one.cpu_us is None else f"{one.cpu_us.median:.0f}" for one in measured]
+    return "-" if set(each) == {"-"} else "/".join(each)
+
+
+@dataclass(frozen=True)
+class _Column:
+    title: str
+    in_bytes: bool
+
+
+def _table(title: str, columns: Sequence[_Column], rows: dict[str, list[Measured | None]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("target", no_wrap=True)
+    for column in columns:
+        table.add_column(column.title, no_wrap=True)
+    table.add_column("CPU µs/op", no_wrap=True)
+    for name, measured in rows.items():
+        if any(measured):
+            entries = (_entry(one, column.in_bytes) for one, column in zip(measured, columns, strict=True))
+            table.add_row(name, *entries, _cpu(measured))
+    return table
+
+
+_WORKLOADS = {
+    Workload.CREATE: _Column("create files/s", in_bytes=False),
+    Workload.APPEND: _Column("append /s", in_bytes=False),
+    Workload.STREAM: _Column("stream MiB/s", in_bytes=True),
+}
+
+
+def tables(found: Report) -> list[Table]:
+    """One for each load of block targets, and one for directories."""
+    out: list[Table] = []
+    names = [target.name for target in found.targets]
+    cells = {(one.target, one.cell): one.measured for one in found.cells}
+    for pattern, size, depth in dict.fromkeys((cell.pattern, cell.block_size, cell.depth) for _, cell in cells):
+        operations = [one for one in Operation if any(cell == Cell(pattern, size, depth, one) for _, cell in cells)]
+        in_bytes = pattern is Pattern.SEQUENTIAL
+        out.append(
+            _table(
+                f"{size >> 10} KiB {pattern}, depth {depth}: {'MiB/s' if in_bytes else 'operations/s'}",
+                [_Column(str(operation), in_bytes) for operation in operations],
+                {name: [cells.get((name, Cell(pattern, size, depth, one))) for one in operations] for name in names},
+            )
+        )
+    loads = {(one.target, one.workload): one.measured for one in found.workloads}
+    if loads:
+        out.append(
+            _table(
+                "files: create+write 4 KiB+fsync; append 4 KiB+fsync; stream of 1 MiB writes, fsync at the end",
+                list(_WORKLOADS.values()),
+                {name: [loads.get((name, workload)) for workload in _WORKLOADS] for name in names},
+            )
+        )
+    return out
+
+
+def print_report(found: Report, console: Console) -> None:
+    machine = f"{found.machine.cpus} CPUs, Linux {found.machine.kernel}"
+    console.print(f"{machine}; {found.machine.filesystem} in {escape(found.directory)}", highlight=False)
+    console.print(
+        f"{found.size_bytes >> 20} MiB per target, {found.seconds:g} s per sample, median of {found.repeats}",
+        highlight=False,
+    )
+    console.print(
+        "Each entry: median, its ratio to plain and to loop (to directory and ext4-loop for files); below it, "
+        "least..most.\nCPU: of the processes that serve the target, for the columns in their order.\n",
+        style="dim",
+    )
+    for table in tables(found):
+        console.print(table)
+    for target in found.targets:
+        reason = f"[yellow]not measured: {escape(target.unavailable)}[/yellow]" if target.unavailable else ""
+        console.print(f"  {target.name:14} {target.title}  {reason}".rstrip(), highlight=False)

@@ -1,0 +1,129 @@
+"""What a user may say, and a real quick run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from share_manager.bench.command import NAMES, plan_of
+from share_manager.bench.model import CELLS
+from share_manager.bench.report import Report
+from share_manager.errors import InvalidValueError
+
+BENCH = [sys.executable, "-c", "from share_manager.bench import app; app()"]
+
+
+def test_defaults_measure_everything(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, None, None, None, ",".join(NAMES), quick=False)
+    assert (plan.size, plan.seconds, plan.repeats, plan.cells) == (1 << 30, 3.0, 3, CELLS)
+    assert tuple(target.name for target in plan.targets) == NAMES
+
+
+def test_quick_is_less_of_each_unless_said_otherwise(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, None, None, 2, "plain, loop", quick=True)
+    assert (plan.size, plan.seconds, plan.repeats) == (256 << 20, 1.0, 2)
+    assert [target.name for target in plan.targets] == ["plain", "loop"]
+
+
+def test_a_filesystem_brings_its_device(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, None, None, None, "ext4-engine-3", quick=True)
+    assert plan.block == ()
+    assert [target.name for target in plan.devices] == ["engine-3"]
+
+
+@pytest.mark.parametrize(
+    ("change", "option"),
+    [
+        ({"directory": Path("/no/such")}, "--directory"),
+        ({"size": "1Mi"}, "--size"),
+        ({"size": "much"}, "--size"),
+        ({"seconds": 0.0}, "--seconds"),
+        ({"seconds": float("nan")}, "--seconds"),
+        ({"repeats": 0}, "--repeats"),
+        ({"targets": "plain,lop"}, "--targets"),
+        ({"targets": ","}, "--targets"),
+    ],
+)
+def test_nonsense_is_named(tmp_path: Path, change: dict[str, object], option: str) -> None:
+    said: dict[str, object] = {
+        "directory": tmp_path,
+        "size": None,
+        "seconds": None,
+        "repeats": None,
+        "targets": "plain",
+        "quick": True,
+    }
+    with pytest.raises(InvalidValueError, match=option):
+        plan_of(**(said | change))  # type: ignore[arg-type]
+
+
+def loops_below(directory: Path) -> set[str]:
+    listed = subprocess.run(["losetup", "--list", "--noheadings", "--output=BACK-FILE"], capture_output=True, text=True)
+    return {line for line in listed.stdout.splitlines() if line.startswith(f"{directory}/.share-manager-bench-")}
+
+
+@pytest.fixture
+def disk() -> Path:
+    """A directory that is not on tmpfs, as /tmp may be: the bench needs direct I/O."""
+    return Path(os.environ.get("SHARE_MANAGER_TEST_DISK", "/var/tmp"))
+
+
+@pytest.mark.system
+def test_a_quick_run_measures_and_cleans_up(disk: Path) -> None:
+    before, loops = set(disk.iterdir()), loops_below(disk)
+    argv = [*BENCH, "--quick", "--seconds=0.2", "--size=128Mi", f"--directory={disk}", "--output=json"]
+    done = subprocess.run([*argv, "--targets=plain,loop,ext4-loop"], capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr.decode()
+    found = msgspec.json.decode(done.stdout, type=Report)
+    assert [target.unavailable for target in found.targets] == ["", "", ""]
+    assert {one.target for one in found.cells} == {"plain", "loop"}
+    for one in found.cells:
+        assert one.measured.per_second.min > 0
+        assert set(one.measured.ratios) == {"plain", "loop"}
+    assert {one.target for one in found.workloads} == {"ext4-loop"}
+    assert set(disk.iterdir()) <= before
+    assert loops_below(disk) <= loops
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_clean(disk: Path, number: signal.Signals) -> None:
+    before, loops = set(disk.iterdir()), loops_below(disk)
+    argv = [*BENCH, "--seconds=60", "--size=128Mi", f"--directory={disk}", "--targets=loop,ext4-loop"]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while loops_below(disk) <= loops:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            time.sleep(1)
+            process.send_signal(number)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 128 + number
+    assert b"interrupted" in said
+    assert b"Traceback" not in said
+    assert set(disk.iterdir()) <= before
+    assert loops_below(disk) <= loops
+
+
+def test_a_missing_fio_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "share_manager", "bench", f"--directory={tmp_path}", "--targets=plain", "--quick"],
+        env={"PATH": str(tmp_path / "empty")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 3
+    assert done.stderr.strip().splitlines()[-1].endswith("apt-get install fio")
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
