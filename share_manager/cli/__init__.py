@@ -1,0 +1,98 @@
+"""The command line: what may be said, and the one place where errors become a line and an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+
+from share_manager.errors import exit_status_of, is_ours, leaves
+
+app = App(
+    name="share-manager",
+    help="ReadWriteMany NFS shares on replicated block volumes.",
+    help_epilogue=(
+        "Exit status: 0 done, 1 failed while it ran, 2 wrong usage, 3 this machine lacks something, "
+        "4 conflict (in use, or different), 5 no such volume, 6 storage (no space, no replica)."
+    ),
+    help_format="plaintext",
+    version="",
+    help_on_error=False,
+)
+# loaded when they are used: `status` in a script should not wait for a web server's imports
+app.command("share_manager.cli.serve:serve", name="serve", sort_key=1)
+app.command("share_manager.cli.attach:attach", name="attach", sort_key=2)
+app.command("share_manager.cli.status:status", name="status", sort_key=3)
+app.command("share_manager.cli.stop:stop", name="stop", sort_key=4)
+app.command("share_manager.cli.volume:app", name="volume", sort_key=5)
+app.command("share_manager.cli.doctor:doctor", name="doctor", sort_key=6)
+app.command("share_manager.bench:app", name="bench", sort_key=7)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; its exit status. The only place that catches errors."""
+    try:
+        result = app(
+            list(sys.argv[1:] if argv is None else argv),
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
+        )
+        return result if isinstance(result, int) and not isinstance(result, bool) else 0
+    except CycloptsError as error:
+        return _tell(_one_line(str(error)).rstrip(".") + ": see `share-manager --help`", 2)
+    except KeyboardInterrupt:
+        return _tell("interrupted", 130)
+    except Exception as caught:
+        if os.environ.get("SHARE_MANAGER_DEBUG"):
+            raise
+        return _tell_error(caught)
+    finally:
+        _close_output()
+
+
+def _tell_error(caught: Exception) -> int:
+    found = leaves(caught)
+    ours = [error for error in found if is_ours(error)]
+    if ours:
+        # the gravest class decides when several things failed at once; usually there is one
+        return _tell(_one_line(str(ours[0]) or type(ours[0]).__name__), exit_status_of(ours[0]))
+    error = found[0]
+    where = _where(error)
+    return _tell(
+        f"a defect of share-manager: {type(error).__name__}: {_one_line(str(error))}{where}; "
+        "set SHARE_MANAGER_DEBUG=1 for the traceback and report it",
+        1,
+    )
+
+
+def _where(error: BaseException) -> str:
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None:
+        return ""
+    return f" ({os.path.basename(traceback.tb_frame.f_code.co_filename)}:{traceback.tb_lineno})"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _tell(line: str, status: int) -> int:
+    sys.stderr.write(f"share-manager: error: {line}\n")
+    return status
+
+
+def _close_output() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # the reader has gone; the interpreter would complain when it flushes once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run() -> None:
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from cyclopts import Parameter
+from rich.console import Console
+
+from share_manager.events import ConsoleSink, JsonSink, LineSink, Reporter
+from share_manager.paths import DEFAULT_DATA_DIR
+
+DataDir = Annotated[
+    Path, Parameter(name="--data-dir", help="Directory that holds the volumes: records, replicas, logs.")
+]
+Steps = Annotated[
+    Literal["text", "json"], Parameter(name="--output", help="Steps as lines for people, or one JSON object a line.")
+]
+Table = Annotated[Literal["table", "json"], Parameter(name="--output", help="A table for people, or JSON.")]
+VolumeName = Annotated[str, Parameter(help="Name of the volume: a DNS label, up to 63 of a-z, 0-9 and '-'.")]
+
+__all__ = ["DEFAULT_DATA_DIR", "DataDir", "Steps", "Table", "VolumeName", "print_json", "reporter"]
+
+
+def reporter(output: str, console: Console | None = None) -> Reporter:
+    """`console` is where a live view runs, on a terminal."""
+    if output == "json":
+        return Reporter(JsonSink())
+    return Reporter(LineSink() if console is None else ConsoleSink(console))
+
+
+def print_json(value: object) -> None:
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
+    sys.stdout.flush()
+
+
+def terminal() -> Console | None:
+    return Console() if sys.stdout.isatty() else None

@@ -1,0 +1,77 @@
+"""What a terminal shows while a share runs: state, replicas, clients, throughput, below the steps."""
+
+from __future__ import annotations
+
+import time
+
+import trio
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from share_manager.share.daemon import Share
+from share_manager.share.status import ReplicaInfo, ShareStatus
+from share_manager.units import format_size
+
+_STATE_STYLE = {"running": "bold green", "repairing": "bold yellow", "stopping": "yellow", "starting": "cyan"}
+
+
+def human_rate(amount: float) -> str:
+    """Bytes a second."""
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.0f} {unit}/s" if unit == "B" else f"{amount:.1f} {unit}/s"
+        amount /= 1024
+    return f"{amount:.1f} GiB/s"
+
+
+def describe_replica(replica: ReplicaInfo) -> str:
+    if replica.state == "resyncing" and replica.resync_total:
+        return f"{replica.name} resyncing {100 * replica.resync_done // replica.resync_total} %"
+    return f"{replica.name} {replica.state.replace('_', ' ')}"
+
+
+class LiveView:
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last: tuple[float, int, int, int] | None = None
+
+    async def run(self, share: Share) -> None:
+        """Until cancelled."""
+        with Live(console=self._console, auto_refresh=False, transient=True) as live:
+            while True:
+                live.update(self.render(await share.status(), time.monotonic()), refresh=True)
+                await trio.sleep(1.0)
+
+    def render(self, status: ShareStatus, now: float) -> Group:
+        operations = status.engine.operations
+        reads = operations["read"].bytes if "read" in operations else 0
+        writes = operations["write"].bytes if "write" in operations else 0
+        requests = sum(stats.count for stats in operations.values())
+        rates = (0.0, 0.0, 0.0)
+        if self._last is not None and now > self._last[0]:
+            then, old_reads, old_writes, old_requests = self._last
+            # a new engine counts from zero
+            rates = (
+                max(0, reads - old_reads) / (now - then),
+                max(0, writes - old_writes) / (now - then),
+                max(0, requests - old_requests) / (now - then),
+            )
+        self._last = (now, reads, writes, requests)
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim")
+        grid.add_column()
+        state = Text(status.state, _STATE_STYLE.get(status.state, ""))
+        if status.in_grace:
+            state.append("  in grace: clients reclaim", "yellow")
+        grid.add_row("state", state)
+        grid.add_row("volume", f"{status.volume}  {format_size(status.size_bytes)}  epoch {status.epoch}")
+        grid.add_row("mount", status.mount_command or "")
+        grid.add_row("replicas", "  ".join(describe_replica(replica) for replica in status.replicas))
+        addresses = ", ".join(client.address for client in status.clients if client.client_ids)
+        grid.add_row("clients", f"{status.connected_clients}{'  ' + addresses if addresses else ''}")
+        grid.add_row(
+            "throughput", f"read {human_rate(rates[0])}  write {human_rate(rates[1])}  {rates[2]:.0f} requests/s"
+        )
+        return Group(Text(""), grid)

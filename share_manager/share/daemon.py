@@ -1,0 +1,474 @@
+"""The per-volume process: everything from replica servers to the NFS export, in the order of the data path.
+
+Leaving is a cancellation: each block undoes itself, shielded, in reverse order. A failure that needs more than a new
+ganesha ends the attachment and everything on it, and the loop in `Share.run` makes the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+import trio
+
+from engine.errors import EngineError, FencedError, NoReplicaError
+from engine.record import VolumeRecord
+from ganesha import DbusError, GaneshaError, RecoveryError
+from share_manager import units
+from share_manager.errors import (
+    AddressError,
+    FencedOffError,
+    GaveUpError,
+    NoReplicaAvailableError,
+    NotRootError,
+    PortInUseError,
+    RuntimeProblem,
+    ShareManagerError,
+    leaves,
+)
+from share_manager.events import Reporter
+from share_manager.paths import VolumePaths
+from share_manager.share import leftovers
+from share_manager.share.attachment import Attachment, attach
+from share_manager.share.background import background
+from share_manager.share.commands import find_program
+from share_manager.share.control import control_socket
+from share_manager.share.export import Exporter, ExportOptions, server_config
+from share_manager.share.filesystem import FilesystemOptions, Mounted, mounted
+from share_manager.share.private import PrivateRoom, private_room
+from share_manager.share.replicas import ReplicaServer, run_replicas
+from share_manager.share.state import RunState, StateFile
+from share_manager.share.status import (
+    ClientInfo,
+    GaneshaInfo,
+    NfsIo,
+    ProcessInfo,
+    ReplicaInfo,
+    Restarts,
+    ShareStatus,
+    engine_info,
+)
+from share_manager.share.supervise import Backoff, EngineExit, Policy
+from share_manager.volumes import create_volume, delete_volume, open_volume, volume_lock
+
+REPAIRABLE = (ShareManagerError, EngineError, GaneshaError, OSError)
+COMMON_PROGRAMS = ("losetup",)
+SERVE_PROGRAMS = (
+    "losetup",
+    "blkid",
+    "mount",
+    "umount",
+    "mkfs.ext4",
+    "e2fsck",
+    "resize2fs",
+    "ganesha.nfsd",
+    "dbus-daemon",
+)
+DEFAULT_SIZE = 10 << 30
+DEFAULT_REPLICAS = 3
+
+
+class VolumeOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """None: as it is, or the default for a new volume."""
+
+    size: int | None = None
+    replicas: int | None = None
+
+
+class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
+    volume: VolumeOptions = VolumeOptions()
+    filesystem: FilesystemOptions = FilesystemOptions()
+    export: ExportOptions = ExportOptions()
+    metrics_port: int = 0
+    policy: Policy = Policy()
+
+
+def require_root(command: str) -> None:
+    if os.geteuid() != 0:
+        raise NotRootError(command)
+
+
+def check_port(address: str, port: int, option: str = "--port") -> None:
+    """Raises PortInUseError, AddressError."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+            probe.listen(1)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise PortInUseError(address, port, option) from None
+            raise AddressError(address, port, error.strerror or str(error)) from None
+
+
+def reachable_host(bind: str) -> str:
+    """What a client writes for an address to listen on."""
+    return socket.gethostname() if bind in ("0.0.0.0", "::") else bind
+
+
+@contextlib.asynccontextmanager
+async def leave_on_signals(report: Reporter, on_first: Callable[[], None]) -> AsyncIterator[None]:
+    """SIGINT, SIGTERM or SIGHUP cancels the block, once; a second one changes nothing, for the order must hold."""
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        async with trio.open_nursery() as nursery:
+            with trio.CancelScope() as work:
+
+                async def listen() -> None:
+                    asked = False
+                    async for number in signals:
+                        name = signal.Signals(number).name
+                        if asked:
+                            report.emit("still_stopping", f"{name}: still leaving, in order")
+                            continue
+                        asked = True
+                        report.emit("stopping", f"{name}: leaving", signal=name)
+                        on_first()
+                        work.cancel()
+
+                nursery.start_soon(listen)
+                yield
+            nursery.cancel_scope.cancel()
+
+
+@contextlib.asynccontextmanager
+async def runtime(paths: VolumePaths, kind: str) -> AsyncIterator[StateFile]:
+    """The runtime directory, made empty and removed at the end."""
+    paths.run.mkdir(parents=True, mode=0o700, exist_ok=True)
+    state = StateFile(paths.state, RunState(volume=paths.volume, data_dir=str(paths.data_dir), kind=kind))
+    state.process("share-manager", os.getpid())
+    try:
+        yield state
+    finally:
+        with trio.CancelScope(shield=True):
+            await leftovers.clear(paths)
+
+
+async def clear_leftovers(paths: VolumePaths, report: Reporter) -> None:
+    """Raises LeftoverError."""
+
+    def tell(step: str) -> None:
+        report.emit("clearing", f"left over from an earlier run: {step}", step=step)
+
+    if await leftovers.clear(paths, tell):
+        report.emit("cleared", "what an earlier run left behind is gone")
+
+
+def open_or_create(paths: VolumePaths, options: VolumeOptions, report: Reporter) -> tuple[VolumeRecord, bool]:
+    """The volume's record, and whether it was made now."""
+    if paths.directory.exists():
+        return open_volume(paths, size=options.size, replicas=options.replicas), False
+    size = DEFAULT_SIZE if options.size is None else options.size
+    replicas = DEFAULT_REPLICAS if options.replicas is None else options.replicas
+    record = create_volume(paths, size=size, replicas=replicas)
+    report.emit(
+        "created",
+        f"volume {paths.volume} created: {units.format_size(size)}, {replicas} replicas",
+        volume=paths.volume,
+        size_bytes=size,
+        replicas=replicas,
+    )
+    return record, True
+
+
+class Share:
+    """One served volume. `run` is its life; everything else looks at it from outside."""
+
+    def __init__(self, paths: VolumePaths, options: ServeOptions, report: Reporter) -> None:
+        self.paths = paths
+        self.options = options
+        self.report = report
+        self.state = "starting"
+        self.started_at = time.time()
+        self.repairs = 0
+        self.last_failure = ""
+        self.record: VolumeRecord | None = None
+        self.attachment: Attachment | None = None
+        self.mounted: Mounted | None = None
+        self.exporter: Exporter | None = None
+        self.replicas: tuple[ReplicaServer, ...] = ()
+        self.ganesha_restarts = 0
+        self._was_ready = False
+        export = options.export
+        self.host = reachable_host(export.bind)
+        self.endpoint = units.endpoint(self.host, export.port, paths.volume)
+        self.mount_command = units.mount_command(self.host, export.port, paths.volume)
+
+    async def run(self, beside: Callable[[Share], Awaitable[None]] | None = None) -> None:
+        """Serve until SIGINT, SIGTERM or SIGHUP. `beside` runs along, such as a live view.
+
+        Raises ShareManagerError, EngineError, GaneshaError, OSError; nothing half-made is left then.
+        """
+        require_root("serve")
+        programs = list(SERVE_PROGRAMS)
+        if self.options.filesystem.kind == "xfs":
+            programs += ["mkfs.xfs", "xfs_growfs"]
+        for program in programs:
+            find_program(program)
+        with volume_lock(self.paths, "first"):
+            async with leave_on_signals(self.report, self._leaving):
+                await clear_leftovers(self.paths, self.report)
+                check_port(self.options.export.bind, self.options.export.port)
+                if self.options.metrics_port:
+                    check_port(self.options.export.bind, self.options.metrics_port, "--metrics-port")
+                self.record, made = open_or_create(self.paths, self.options.volume, self.report)
+                try:
+                    await self._run(beside)
+                except BaseException:
+                    if made and not self._was_ready:
+                        self._undo_creation()
+                    raise
+            self.report.emit("stopped", "stopped", volume=self.paths.volume)
+
+    def _undo_creation(self) -> None:
+        with contextlib.suppress(ShareManagerError):
+            delete_volume(self.paths)
+
+    async def _run(self, beside: Callable[[Share], Awaitable[None]] | None) -> None:
+        assert self.record is not None
+        async with (
+            runtime(self.paths, "serve") as state,
+            control_socket(self.paths.control, self.status) as answer,
+            background() as tasks,
+        ):
+            tasks.start_soon(answer)
+            if self.options.metrics_port:
+                # imported late: most runs have no use for a web server
+                from share_manager.metrics import serve_metrics
+
+                tasks.start_soon(serve_metrics, self.status, self.options.export.bind, self.options.metrics_port)
+            if beside is not None:
+                tasks.start_soon(beside, self)
+            async with run_replicas(self.record.replicas, self.paths, self.report, state) as self.replicas:
+                await self._attachments(state)
+
+    def _leaving(self) -> None:
+        self.state = "stopping"
+
+    async def _attachments(self, state: StateFile) -> None:
+        """One attachment after the other, until cancelled."""
+        policy = self.options.policy
+        backoff = Backoff(stable_after=policy.stable_after)
+        while True:
+            try:
+                reason, patient = await self._attachment(state), False
+                if not self._was_ready:
+                    raise RuntimeProblem(reason)
+            except BaseException as caught:
+                error = _repairable(caught)
+                if error is None or not self._was_ready:
+                    raise
+                reason, patient = str(error), isinstance(error, (NoReplicaAvailableError, NoReplicaError))
+            self.state = "repairing"
+            self.last_failure = reason
+            pause = backoff.failed(trio.current_time())
+            # replicas that are away come back when their machine does: that is waited for, however long
+            if backoff.quick_failures >= policy.give_up_after and not patient:
+                raise GaveUpError(backoff.quick_failures, reason)
+            again = f" in {pause:.1f} s" if pause else ""
+            self.report.warn("repairing", f"{reason}; attaching again{again}", reason=reason)
+            await trio.sleep(pause)
+            self.repairs += 1
+
+    async def _attachment(self, state: StateFile) -> str:
+        """One attachment, from claiming its epoch to its end; why it ended."""
+        assert self.record is not None
+        fs_options = self.options.filesystem
+        if self._was_ready:
+            # what was asked for once is not forced on what a client has changed since
+            fs_options = msgspec.structs.replace(fs_options, root_owner=None, root_mode=None)
+        try:
+            async with attach(self.paths, self.report, state) as attachment:
+                self.attachment = attachment
+                self.record = attachment.record
+                self.report.emit(
+                    "attached",
+                    f"attached as {attachment.device} (epoch {attachment.epoch})",
+                    device=attachment.device,
+                    block_file=str(self.paths.block_file),
+                    epoch=attachment.epoch,
+                )
+                async with (
+                    mounted(
+                        attachment.device,
+                        volume=self.paths.volume,
+                        volume_uuid=self.record.uuid,
+                        marker=self.paths.formatting,
+                        target=self.paths.mountpoint,
+                        options=fs_options,
+                        report=self.report,
+                        give_up=attachment.break_off,
+                    ) as self.mounted,
+                    private_room(
+                        self.paths.mountpoint,
+                        self.record.size,
+                        self.report,
+                        lambda device: state.update(private_device=device),
+                        attachment.break_off,
+                    ) as room,
+                ):
+                    await self._export(attachment, self.mounted, room, state)
+            if attachment.engine.returncode == EngineExit.FENCED:
+                raise FencedOffError(self.paths.volume, attachment.broken or "")
+            return attachment.broken or "the attachment ended"
+        finally:
+            self.attachment = self.mounted = None
+
+    async def _export(self, attachment: Attachment, on: Mounted, room: PrivateRoom, state: StateFile) -> None:
+        assert self.record is not None
+        config = server_config(self.options.export, self.paths.volume, self.record.uuid, on.data, room.recovery_root)
+        exporter = Exporter(config, self.paths, self.report, state, self.options.policy)
+        exporter.restarts = self.ganesha_restarts
+        self.exporter = exporter
+        self.report.emit("exporting", f"exporting /{self.paths.volume}", path=str(on.data))
+
+        async def ready() -> None:
+            self._ready(attachment, exporter, state)
+
+        def lost() -> None:
+            self.ganesha_restarts = exporter.restarts
+            if self.state == "running":
+                self.state = "repairing"
+
+        try:
+            await exporter.run(attachment, on, room, ready, lost)
+        finally:
+            self.exporter = None
+
+    def _ready(self, attachment: Attachment, exporter: Exporter, state: StateFile) -> None:
+        if self.state != "stopping":
+            self.state = "running"
+        state.update(endpoint=self.endpoint)
+        again, self._was_ready = self._was_ready, True
+        assert self.record is not None
+        self.report.emit(
+            "ready",
+            f"{'serving again' if again else 'ready'}: {self.mount_command}",
+            volume=self.paths.volume,
+            endpoint=self.endpoint,
+            mount=self.mount_command,
+            epoch=attachment.epoch,
+            size_bytes=self.record.size,
+            device=attachment.device,
+            mountpoint=str(self.paths.mountpoint),
+            repaired=again,
+            pid=os.getpid(),
+        )
+
+    async def status(self) -> ShareStatus:
+        record, attachment, mounted_fs, exporter = self.record, self.attachment, self.mounted, self.exporter
+        server = exporter.server if exporter else None
+        engine = attachment.engine if attachment is not None and attachment.engine.returncode is None else None
+        clients: tuple[ClientInfo, ...] = ()
+        grace: bool | None = None
+        ends: float | None = None
+        io: NfsIo | None = None
+        if server is not None:
+            with contextlib.suppress(DbusError, RecoveryError):
+                found = await server.grace()
+                grace, ends = found.active, found.ends_at
+                clients = tuple(
+                    ClientInfo(
+                        address=client.address,
+                        versions=client.versions,
+                        last_seen=client.last_seen,
+                        client_ids=client.client_ids,
+                    )
+                    for client in await server.clients()
+                )
+                exports = (await server.stats()).exports
+                io = NfsIo(
+                    read_bytes=sum(export.read.bytes_transferred for export in exports),
+                    write_bytes=sum(export.write.bytes_transferred for export in exports),
+                    read_operations=sum(export.read.operations for export in exports),
+                    write_operations=sum(export.write.operations for export in exports),
+                )
+        return ShareStatus(
+            volume=self.paths.volume,
+            state=self.state,
+            kind="serve",
+            endpoint=self.endpoint,
+            mount_command=self.mount_command,
+            uuid=record.uuid if record else "",
+            epoch=attachment.epoch if attachment else (record.epoch if record else 0),
+            size_bytes=record.size if record else 0,
+            filesystem=mounted_fs.kind if mounted_fs else None,
+            used_bytes=used_bytes(mounted_fs.root) if mounted_fs else None,
+            in_grace=grace,
+            grace_ends_at=ends,
+            clients=clients,
+            share_manager=ProcessInfo(pid=os.getpid()),
+            engine=engine_info(
+                attachment.status if attachment else None, engine.pid if engine else None, str(self.paths.block_file)
+            ),
+            device=attachment.device or None if attachment else None,
+            mountpoint=str(mounted_fs.root) if mounted_fs else None,
+            ganesha=GaneshaInfo(pid=server.pid if server else None, epoch=exporter.epoch if exporter else 0),
+            replicas=replica_infos(self.replicas, attachment),
+            restarts=Restarts(
+                ganesha=exporter.restarts if exporter else self.ganesha_restarts,
+                engine=self.repairs,
+                replicas=sum(server.restarts for server in self.replicas),
+            ),
+            nfs=io,
+            started_at=self.started_at,
+            metrics=metrics_url(self.host, self.options.metrics_port),
+            last_failure=self.last_failure,
+        )
+
+
+def metrics_url(host: str, port: int) -> str | None:
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{port}/metrics" if port else None
+
+
+def used_bytes(root: Path) -> int | None:
+    try:
+        found = os.statvfs(root)
+    except OSError:
+        return None
+    return (found.f_blocks - found.f_bfree) * found.f_frsize
+
+
+def replica_infos(servers: tuple[ReplicaServer, ...], attachment: Attachment | None) -> tuple[ReplicaInfo, ...]:
+    """What the supervisor knows of the processes, and the engine of their data."""
+    known = (
+        {replica.name: replica for replica in attachment.status.replicas} if attachment and attachment.status else {}
+    )
+    infos = []
+    for server in servers:
+        seen = known.get(server.name)
+        state = seen.state if seen else ("out" if server.pid else "down")
+        infos.append(
+            ReplicaInfo(
+                name=server.name,
+                address=server.record.address,
+                directory=server.record.directory,
+                pid=server.pid,
+                state="down" if server.pid is None and state == "out" else state,
+                reason=(seen.reason if seen else "") or ("" if server.listening else server.failure),
+                resync_done=seen.resync_done if seen else 0,
+                resync_total=seen.resync_total if seen else 0,
+                restarts=server.restarts,
+            )
+        )
+    return tuple(infos)
+
+
+def _repairable(caught: BaseException) -> Exception | None:
+    """The error, out of its groups, that a new attachment may mend; None when we are leaving, or it is final."""
+    if trio.current_effective_deadline() == -math.inf:
+        return None
+    errors = [error for error in leaves(caught) if not isinstance(error, trio.Cancelled)]
+    for error in errors:
+        if not isinstance(error, REPAIRABLE) or isinstance(error, (FencedOffError, FencedError, GaveUpError)):
+            return None
+    return errors[0] if errors and isinstance(errors[0], Exception) else None

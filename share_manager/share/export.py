@@ -1,0 +1,242 @@
+"""The NFS server of a share: started, watched, started again in place, each time under a number never used before."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+import trio
+
+from ganesha import (
+    EventKind,
+    Export,
+    Ganesha,
+    GaneshaError,
+    HealthError,
+    Nfs4Error,
+    ServerConfig,
+    Squash,
+    StartError,
+    StopError,
+    consolidate,
+    export_handle,
+    handle_carries_uuid,
+    run_ganesha,
+)
+from share_manager.errors import EnvironmentProblem, GaveUpError
+from share_manager.events import Reporter
+from share_manager.paths import VolumePaths
+from share_manager.share.attachment import Attachment
+from share_manager.share.filesystem import Mounted
+from share_manager.share.private import PrivateRoom
+from share_manager.share.procfs import start_time
+from share_manager.share.state import StateFile
+from share_manager.share.supervise import Backoff, Decision, Observed, Policy, decide
+
+READY_TIMEOUT = 30.0
+STOP_TIMEOUT = 15.0
+EXPORT_ID = 1
+TOLD = (EventKind.GRACE_STARTED, EventKind.GRACE_ENDED, EventKind.CLIENT_EXPIRED, EventKind.RECORD_FAILED)
+
+
+class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Times in seconds."""
+
+    bind: str = "127.0.0.1"
+    port: int = 2049
+    allow: tuple[str, ...] = ()
+    squash: Squash = "none"
+    read_only: bool = False
+    lease_lifetime: int = 20
+    grace_period: int = 30
+
+
+def server_config(options: ExportOptions, volume: str, identity: str, data: Path, recovery_root: Path) -> ServerConfig:
+    export = Export(
+        export_id=EXPORT_ID,
+        path=data,
+        pseudo=f"/{volume}",
+        read_only=options.read_only,
+        squash=options.squash,
+        allow=options.allow,
+    )
+    return ServerConfig(
+        identity=identity,
+        bind=options.bind,
+        port=options.port,
+        lease_lifetime=options.lease_lifetime,
+        grace_period=options.grace_period,
+        recovery_root=recovery_root,
+        exports=(export,),
+    )
+
+
+class Exporter:
+    """`server` is the ganesha that serves now, None between two. `restarts` counts starts in place after the first
+    of each attachment."""
+
+    def __init__(
+        self, config: ServerConfig, paths: VolumePaths, report: Reporter, state: StateFile, policy: Policy
+    ) -> None:
+        self.server: Ganesha | None = None
+        self.epoch = 0
+        self.restarts = 0
+        self._config = config
+        self._run_dir = paths.ganesha
+        self._log_dir = paths.log
+        self._report = report
+        self._state = state
+        self._policy = policy
+
+    async def run(
+        self,
+        attachment: Attachment,
+        mounted: Mounted,
+        room: PrivateRoom,
+        on_ready: Callable[[], Awaitable[None]],
+        on_lost: Callable[[], None],
+    ) -> None:
+        """Serve until cancelled. What needs more than a new ganesha breaks the attachment off, which cancels this.
+
+        Raises GaneshaError when the first start fails, GaveUpError, OSError.
+        """
+        backoff = Backoff(stable_after=self._policy.stable_after)
+        first = True
+        while True:
+            try:
+                reason = await self._serve_once(attachment, mounted, room, on_ready)
+            except GaneshaError as error:
+                if isinstance(error, StartError) and error.log is not None:
+                    # it moves there when the runtime directory goes
+                    error.log = self._log_dir / error.log.name
+                if first:
+                    raise
+                reason = str(error)
+            finally:
+                on_lost()
+            first = False
+            pause = backoff.failed(trio.current_time())
+            if backoff.quick_failures >= self._policy.give_up_after:
+                raise GaveUpError(backoff.quick_failures, reason)
+            again = f" in {pause:.1f} s" if pause else ""
+            self._report.warn("ganesha_restarting", f"{reason}; starting ganesha again{again}", reason=reason)
+            await trio.sleep(pause)
+            self.restarts += 1
+
+    async def _serve_once(
+        self, attachment: Attachment, mounted: Mounted, room: PrivateRoom, on_ready: Callable[[], Awaitable[None]]
+    ) -> str:
+        """One life of a ganesha; why it ended."""
+        consolidate(room.recovery_root)
+        self.epoch = room.take_ganesha_epoch()
+        killers: list[Callable[[], None]] = []
+        try:
+            async with run_ganesha(
+                self._config,
+                run_dir=self._run_dir,
+                epoch=self.epoch,
+                keep_fds=(attachment.fuse.fd,),
+                stop_timeout=STOP_TIMEOUT,
+            ) as server:
+                killers.append(server.kill)
+                attachment.before_abort.append(server.kill)
+                self._state.process("ganesha", server.pid)
+                await server.wait_ready(READY_TIMEOUT)
+                await self._verify_handle(mounted)
+                self.server = server
+                await on_ready()
+                decision, reason = await self._watch(server, attachment, mounted, room)
+                self.server = None
+                if decision is Decision.REATTACH:
+                    attachment.break_off(reason)
+                    await trio.sleep_forever()
+                if server.returncode is None:
+                    # it hangs, so it would not listen to anything gentler
+                    server.kill()
+                return reason
+        except StopError as error:
+            await self._unhang(error, attachment)
+            return str(error)
+        finally:
+            self.server = None
+            for kill in killers:
+                with contextlib.suppress(ValueError):
+                    attachment.before_abort.remove(kill)
+
+    async def _unhang(self, error: StopError, attachment: Attachment) -> None:
+        """Not even SIGKILL ends it: it waits for the disk. With its requests failed it dies before it can answer."""
+        attachment.break_off(str(error))
+        with trio.move_on_after(10, shield=True):
+            while start_time(error.pid) is not None:  # noqa: ASYNC110 - its waiter has given up
+                await trio.sleep(0.05)
+
+    async def _verify_handle(self, mounted: Mounted) -> None:
+        """File handles must name the filesystem, not a device number that changes with the machine.
+
+        Raises EnvironmentProblem.
+        """
+        host, port = self._config.connect_host, self._config.port
+        try:
+            handle = await export_handle(host, port, self._config.exports[0].pseudo, 5.0)
+        except Nfs4Error:
+            # --allow leaves this machine out; nothing is known then, and nothing is wrong
+            return
+        except HealthError as error:
+            self._report.warn("handle_unknown", f"the export's file handle cannot be read: {error}")
+            return
+        if not handle_carries_uuid(handle, mounted.uuid):
+            raise EnvironmentProblem(
+                "ganesha does not know the filesystem's UUID, so clients would get stale handles after a failover: "
+                f"check that `blkid -p {mounted.device}` shows it"
+            )
+
+    async def _watch(
+        self, server: Ganesha, attachment: Attachment, mounted: Mounted, room: PrivateRoom
+    ) -> tuple[Decision, str]:
+        """Look until something has to be done."""
+        policy = self._policy
+        ended = trio.Event()
+        misses = 0
+
+        async def wait_for_exit() -> None:
+            await server.wait()
+            ended.set()
+
+        async def follow_events() -> None:
+            async for event in server.events:
+                if event.kind in TOLD:
+                    tell = self._report.warn if event.kind is EventKind.RECORD_FAILED else self._report.emit
+                    tell(f"ganesha_{event.kind.value.replace('-', '_')}", f"ganesha: {event.message}")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait_for_exit)
+            nursery.start_soon(follow_events)
+            while True:
+                with trio.move_on_after(policy.null_interval):
+                    await ended.wait()
+                if server.returncode is None:
+                    misses = 0 if await self._answers(server, ended) else misses + 1
+                status = attachment.status
+                if status is not None and status.state == "waiting":
+                    # writes wait for the record store: a server that waits with them is not hung
+                    misses = 0
+                fault = mounted.fault() or room.fault()
+                observed = Observed(
+                    engine_silent_for=trio.current_time() - attachment.last_answer,
+                    filesystem_fault=fault,
+                    ganesha_exit=server.returncode,
+                    missed_calls=misses,
+                )
+                decision, reason = decide(observed, policy)
+                if decision is not Decision.NOTHING:
+                    nursery.cancel_scope.cancel()
+                    return decision, reason
+
+    async def _answers(self, server: Ganesha, ended: trio.Event) -> bool:
+        try:
+            await server.null_call(self._policy.null_timeout)
+        except HealthError:
+            return ended.is_set()
+        return True

@@ -1,0 +1,402 @@
+"""The filesystem of a volume: proven blank before it is made, checked, mounted, grown, laid out.
+
+Layout (docs/on-disk.md): `data/` is what clients see, `.share-manager/` is ours. The latter is a small filesystem of
+its own, kept in `.share-manager.img` and mounted over that directory, so that clients who fill `data/` leave client
+records and counters their blocks and inodes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import struct
+import uuid
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import trio
+
+from engine.durable import replace_file, sync_directory
+from share_manager.errors import CommandError, FilesystemError, ForeignContentError, TimeoutProblem
+from share_manager.events import Reporter
+from share_manager.share.commands import run
+from share_manager.share.procfs import mount_at
+
+Kind = Literal["ext4", "xfs"]
+PROBED = 4 << 20
+"""Bytes at each end of a device that must read as zeros before it is formatted: every superblock, partition table and
+metadata header that libblkid knows lies there."""
+_BLKGETSIZE64 = 0x80081272
+_FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS, _FS_DIRSYNC_FL = 0x80086601, 0x40086602, 0x00010000
+DATA = "data"
+PRIVATE = ".share-manager"
+PRIVATE_IMAGE = ".share-manager.img"
+UNMOUNT_TIMEOUT = 60.0
+
+
+class FilesystemOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """`kind` and the root's owner and mode apply when the filesystem is made; later only what is not None."""
+
+    kind: Kind | None = None
+    dirsync: bool = True
+    root_owner: tuple[int, int] | None = None
+    root_mode: int | None = None
+
+
+DEFAULT_KIND: Kind = "ext4"
+DEFAULT_OWNER = (0, 0)
+DEFAULT_MODE = 0o777
+
+
+def filesystem_uuid(volume_uuid: str) -> uuid.UUID:
+    """The filesystem's own UUID, which NFS file handles carry: derived, so that it is known before it is made."""
+    return uuid.uuid5(uuid.UUID(volume_uuid), "share-manager filesystem")
+
+
+def device_size(device: str) -> int:
+    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return int(struct.unpack("Q", fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)))[0])
+    finally:
+        os.close(fd)
+
+
+def first_nonzero(device: str, size: int) -> int | None:
+    """Offset of the first byte that is not zero in the first or last `PROBED` bytes."""
+    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        step = 1 << 20
+        starts: list[int] = sorted({*range(0, min(PROBED, size), step), *range(max(0, size - PROBED), size, step)})
+        zeros = bytes(step)
+        for start in starts:
+            chunk = os.pread(fd, min(step, size - start), start)
+            if chunk != zeros[: len(chunk)]:
+                return start + len(chunk) - len(chunk.lstrip(b"\0"))
+    finally:
+        os.close(fd)
+    return None
+
+
+async def probe(device: str) -> dict[str, str]:
+    """What libblkid sees on the device itself, never a cache: TYPE, UUID and so on; empty when nothing.
+
+    Raises FilesystemError when it sees several things that contradict each other.
+    """
+    status, output = await run("blkid", "--probe", "--output", "export", device, ok=(0, 2, 8))
+    if status == 8:
+        raise FilesystemError(
+            device, "it carries more than one signature; look with `wipefs --no-act` and remove the wrong one"
+        )
+    if status == 2:
+        return {}
+    return dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
+
+
+async def format_if_blank(
+    device: str, kind: Kind | None, fs_uuid: uuid.UUID, marker: Path, *, remedy: str
+) -> tuple[Kind, bool]:
+    """Make the filesystem when the device is proven blank. Returns its kind and whether it was made now.
+
+    `marker` is a file that exists from before mkfs writes its first byte until its last is on stable storage: only
+    while it exists may remains on the device be overwritten, for they are ours. Raises ForeignContentError,
+    FilesystemError, CommandError.
+    """
+    unfinished = marker.exists()
+    found = {} if unfinished else await probe(device)
+    if found:
+        return _check_found(device, found, kind, fs_uuid, remedy), False
+    if not unfinished:
+        size = device_size(device)
+        offset = await trio.to_thread.run_sync(first_nonzero, device, size, abandon_on_cancel=True)
+        if offset is not None:
+            raise ForeignContentError(device, f"data without a known signature (at byte {offset})", remedy)
+    wanted: Kind = kind or DEFAULT_KIND
+    replace_file(marker, f"{wanted}\n".encode())
+    try:
+        await make_filesystem(device, wanted, fs_uuid, again=unfinished)
+    except CommandError:
+        if not unfinished and not await probe(device):
+            size = device_size(device)
+            if await trio.to_thread.run_sync(first_nonzero, device, size) is None:
+                marker.unlink()
+        raise
+    await trio.to_thread.run_sync(_sync_device, device)
+    marker.unlink()
+    sync_directory(marker.parent)
+    return wanted, True
+
+
+def _check_found(device: str, found: dict[str, str], kind: Kind | None, fs_uuid: uuid.UUID, remedy: str) -> Kind:
+    signature = found.get("TYPE") or found.get("PTTYPE")
+    if signature not in ("ext4", "xfs") or "PTTYPE" in found:
+        what = f"a {signature} partition table" if "PTTYPE" in found else f"a {signature or 'foreign'} signature"
+        raise ForeignContentError(device, what, remedy)
+    if found.get("UUID", "").lower() != str(fs_uuid):
+        raise ForeignContentError(
+            device, f"a {signature} filesystem that is not this volume's own (UUID {found.get('UUID')})", remedy
+        )
+    if kind is not None and kind != signature:
+        raise FilesystemError(device, f"it is {signature}, not {kind}: leave --fs out or write --fs {signature}")
+    return "xfs" if signature == "xfs" else "ext4"
+
+
+def _sync_device(device: str) -> None:
+    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+async def make_filesystem(device: str, kind: Kind, fs_uuid: uuid.UUID, *, again: bool = False) -> None:
+    """mkfs for a sparse device full of zeros: nothing is written that zeros say as well.
+
+    Inode tables stay unwritten (ext4 knows them as such by its checksummed group descriptors; `noinit_itable` at
+    mount keeps it from writing them later), so a new 10 GiB volume takes 5 MB per replica instead of 230.
+    """
+    if kind == "ext4":
+        # after an interrupted mkfs the journal's blocks may not be zeros
+        lazy = "lazy_itable_init=1,lazy_journal_init=0" if again else "lazy_itable_init=1,lazy_journal_init=1"
+        argv = ["mkfs.ext4", "-q", "-F", "-b", "4096", "-m", "0", "-O", "64bit,metadata_csum"]
+        argv += ["-e", "remount-ro", "-E", f"nodiscard,{lazy}", "-U", str(fs_uuid), device]
+    else:
+        argv = ["mkfs.xfs", "-q", "-K", *(["-f"] if again else []), "-m", f"crc=1,uuid={fs_uuid}", device]
+    await run(*argv, timeout=600)
+
+
+class Checked(msgspec.Struct, frozen=True):
+    """`needed`: it was not cleanly unmounted. `repaired`: e2fsck changed something beyond replaying the journal."""
+
+    needed: bool
+    repaired: bool = False
+
+
+def ext4_superblock(device: str) -> bytes:
+    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.pread(fd, 1024, 1024)
+    finally:
+        os.close(fd)
+
+
+def ext4_flags(superblock: bytes) -> tuple[bool, bool]:
+    """(journal needs replay, error flag set): s_feature_incompat at 0x60 bit 2, s_state at 0x3a bit 1 (ext4.h)."""
+    (state,) = struct.unpack_from("<H", superblock, 0x3A)
+    (incompat,) = struct.unpack_from("<I", superblock, 0x60)
+    return bool(incompat & 0x4), bool(state & 0x2)
+
+
+def ext4_bytes(superblock: bytes) -> int:
+    (low,) = struct.unpack_from("<I", superblock, 0x4)
+    (shift,) = struct.unpack_from("<I", superblock, 0x18)
+    (high,) = struct.unpack_from("<I", superblock, 0x150)
+    return int((high << 32 | low) << (10 + shift))
+
+
+async def check(device: str, kind: Kind) -> Checked:
+    """Bring a filesystem that was not cleanly unmounted into order. Raises FilesystemError.
+
+    ext4: the journal is replayed; a full check runs only when the error flag is set, as e2fsck itself decides.
+    xfs replays its log at mount.
+    """
+    if kind == "xfs":
+        return Checked(needed=False)
+    replay, error = ext4_flags(ext4_superblock(device))
+    if not replay and not error:
+        return Checked(needed=False)
+    # 0 clean, 1 corrected, 2 corrected and "reboot" (for a mounted root): e2fsck(8)
+    status, output = await run("e2fsck", "-p", device, ok=range(256), timeout=6 * 3600)
+    if status > 2:
+        lines = [line.strip() for line in output.splitlines() if line.strip()]
+        raise FilesystemError(
+            device,
+            "e2fsck does not repair it by itself: attach the volume with `share-manager attach` and run e2fsck on its "
+            f"block file by hand ({'; '.join(lines[-2:])})",
+        )
+    return Checked(needed=True, repaired=error or bool(status))
+
+
+def mount_options(kind: Kind, dirsync: bool) -> str:
+    """`nodev,nosuid` hold on this machine only: clients see mode bits and device numbers as they are and decide for
+    themselves."""
+    options = ["noatime", "nodev", "nosuid"]
+    if dirsync:
+        options.append("dirsync")
+    if kind == "ext4":
+        options += ["errors=remount-ro", "noinit_itable"]
+    return ",".join(options)
+
+
+async def mount(device: str, kind: Kind, target: Path, options: str) -> None:
+    """Raises FilesystemError."""
+    target.mkdir(mode=0o700, exist_ok=True)
+    try:
+        await run("mount", "-t", kind, "-o", options, device, str(target), timeout=3600)
+    except CommandError as error:
+        lines = [line.strip() for line in error.output.splitlines() if line.strip()]
+        remedy = ""
+        if kind == "xfs":
+            remedy = "; if its log is damaged, attach the volume with `share-manager attach` and run xfs_repair"
+        raise FilesystemError(device, f"it cannot be mounted: {lines[0] if lines else error}{remedy}") from error
+
+
+async def unmount(target: Path, timeout: float = UNMOUNT_TIMEOUT) -> None:
+    """Does nothing when nothing is mounted. Raises CommandError (in use), TimeoutProblem."""
+    with trio.move_on_after(timeout / 2):
+        while True:
+            if mount_at(target) is None:
+                return
+            try:
+                await run("umount", "--no-canonicalize", str(target), timeout=timeout)
+            except CommandError as error:
+                if "busy" not in error.output:
+                    raise
+                await trio.sleep(0.1)
+    if mount_at(target) is not None:
+        await run("umount", "--no-canonicalize", str(target), timeout=timeout)
+
+
+async def grow(device: str, kind: Kind, target: Path) -> bool:
+    """Grow the mounted filesystem to its device; whether it was smaller. Raises CommandError."""
+    before = os.statvfs(target)
+    if kind == "ext4":
+        # resize2fs leaves a tail shorter than a group's minimum unused, so equality cannot be asked for
+        if device_size(device) - ext4_bytes(ext4_superblock(device)) < 1 << 20:
+            return False
+        await run("resize2fs", device, timeout=3600)
+    else:
+        await run("xfs_growfs", "-d", str(target), timeout=3600)
+    return os.statvfs(target).f_blocks != before.f_blocks
+
+
+def lay_out(root: Path, options: FilesystemOptions) -> None:
+    """`data/` appears with its owner and mode at once; later they change only on request. Raises OSError."""
+    data = root / DATA
+    if not data.exists():
+        building = root / f".{DATA}.new"
+        building.mkdir(exist_ok=True)
+        os.chown(building, *(options.root_owner or DEFAULT_OWNER))
+        os.chmod(building, DEFAULT_MODE if options.root_mode is None else options.root_mode)
+        building.rename(data)
+        sync_directory(root)
+    else:
+        if options.root_owner is not None:
+            os.chown(data, *options.root_owner)
+        if options.root_mode is not None:
+            os.chmod(data, options.root_mode)
+    private = root / PRIVATE
+    private.mkdir(mode=0o700, exist_ok=True)
+    sync_directory(root)
+
+
+def set_dirsync(directory: Path) -> None:
+    """The D attribute (ext4): changes of names in it are on disk when the call returns."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        (flags,) = struct.unpack("l", fcntl.ioctl(fd, _FS_IOC_GETFLAGS, bytes(8)))
+        fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("l", flags | _FS_DIRSYNC_FL))
+    finally:
+        os.close(fd)
+
+
+def health(target: Path, device: str, errors_at_mount: int) -> str | None:
+    """Why the mounted filesystem can no longer be trusted, None while it can."""
+    found = mount_at(target)
+    if found is None:
+        return "the filesystem is not mounted any more"
+    # "emergency_ro" is what errors=remount-ro shows from Linux 6.15 on
+    for option in ("ro", "emergency_ro", "shutdown"):
+        if option in found.options:
+            return f"the filesystem went {option} after an error"
+    if error_count(device) > errors_at_mount:
+        return "the kernel recorded a filesystem error"
+    try:
+        # a shut down xfs answers every stat with EIO; the root inode is always cached, so this reads nothing
+        os.stat(target)
+    except OSError as error:
+        return f"the filesystem answers {error.strerror}"
+    return None
+
+
+def error_count(device: str) -> int:
+    try:
+        return int(Path(f"/sys/fs/ext4/{Path(device).name}/errors_count").read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+async def leave(target: Path, report: Reporter, give_up: Callable[[str], None]) -> None:
+    """Unmount, whatever it takes: first as asked, then with hanging requests failed, at last lazily."""
+    try:
+        await unmount(target)
+        return
+    except TimeoutProblem as error:
+        give_up(str(error))
+    except CommandError as error:
+        report.warn("unmount_failed", f"{target} is in use: {error}", mountpoint=str(target))
+        with trio.move_on_after(UNMOUNT_TIMEOUT):
+            # what is mounted elsewhere or has an open file keeps its data only if it is on the device now
+            with contextlib.suppress(CommandError, TimeoutProblem):
+                await run("sync", "--file-system", str(target), timeout=UNMOUNT_TIMEOUT)
+    try:
+        await unmount(target, timeout=5)
+    except (CommandError, TimeoutProblem):
+        with contextlib.suppress(CommandError, TimeoutProblem):
+            await run("umount", "--no-canonicalize", "--lazy", str(target), timeout=10)
+            report.warn("unmounted_lazily", f"{target} goes away when its last user does", mountpoint=str(target))
+
+
+class Mounted:
+    """The volume's filesystem while it is mounted."""
+
+    def __init__(self, root: Path, device: str, kind: Kind, fs_uuid: uuid.UUID) -> None:
+        self.root = root
+        self.device = device
+        self.kind = kind
+        self.uuid = fs_uuid
+        self._errors = error_count(device)
+
+    @property
+    def data(self) -> Path:
+        return self.root / DATA
+
+    def fault(self) -> str | None:
+        return health(self.root, self.device, self._errors)
+
+
+@contextlib.asynccontextmanager
+async def mounted(
+    device: str,
+    *,
+    volume: str,
+    volume_uuid: str,
+    marker: Path,
+    target: Path,
+    options: FilesystemOptions,
+    report: Reporter,
+    give_up: Callable[[str], None],
+) -> AsyncIterator[Mounted]:
+    """Format if blank, check, mount, grow, lay out. Raises ShareManagerError, OSError."""
+    fs_uuid = filesystem_uuid(volume_uuid)
+    remedy = f"look at it with `share-manager attach {volume}` and wipefs, or serve a new volume"
+    kind, made = await format_if_blank(device, options.kind, fs_uuid, marker, remedy=remedy)
+    if made:
+        report.emit("formatted", f"formatted with {kind}", fs=kind, uuid=str(fs_uuid))
+    else:
+        checked = await check(device, kind)
+        if checked.needed:
+            how = "checked and repaired" if checked.repaired else "journal replayed"
+            report.emit("checked", f"{kind} was not cleanly unmounted: {how}", fs=kind, repaired=checked.repaired)
+    try:
+        await mount(device, kind, target, mount_options(kind, options.dirsync))
+        report.emit("mounted", f"mounted at {target}", mountpoint=str(target), fs=kind)
+        if not made and await grow(device, kind, target):
+            report.emit("grown", f"{kind} has grown to the volume's size", fs=kind, size_bytes=device_size(device))
+        lay_out(target, options)
+        yield Mounted(target, device, kind, fs_uuid)
+    finally:
+        with trio.CancelScope(shield=True):
+            await leave(target, report, give_up)

@@ -1,0 +1,115 @@
+"""What the kernel says about processes, mounts and loop devices."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+
+class ProcessId(msgspec.Struct, frozen=True):
+    """A process by pid and start time, so that a reused pid is never taken for it. Start: clock ticks since boot."""
+
+    pid: int
+    start: int
+
+
+def start_time(pid: int) -> int | None:
+    """Field 22 of /proc/PID/stat (proc(5)); None when there is no such process, or only its zombie."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (OSError, ValueError):
+        return None
+    # the command's name is in parentheses and may hold anything
+    fields = text[text.rindex(")") + 2 :].split()
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def identify(pid: int) -> ProcessId | None:
+    start = start_time(pid)
+    return None if start is None else ProcessId(pid, start)
+
+
+def is_alive(process: ProcessId) -> bool:
+    return start_time(process.pid) == process.start
+
+
+def command_line(pid: int) -> list[str]:
+    try:
+        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return []
+    return [os.fsdecode(part) for part in raw.split(b"\0") if part]
+
+
+def processes_naming(directory: Path) -> dict[int, list[str]]:
+    """Processes with an argument that lies below `directory`, ourselves left out."""
+    prefix = f"{directory}/"
+    found = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != os.getpid():
+            argv = command_line(int(entry))
+            if any(prefix in argument for argument in argv) and start_time(int(entry)) is not None:
+                found[int(entry)] = argv
+    return found
+
+
+@dataclass(frozen=True)
+class Mount:
+    """One line of /proc/self/mountinfo (proc(5)). `options` holds the mount's and the filesystem's."""
+
+    target: Path
+    fstype: str
+    source: str
+    options: frozenset[str]
+
+
+_ESCAPE = re.compile(r"\\([0-7]{3})")
+
+
+def _unescape(text: str) -> str:
+    raw = _ESCAPE.sub(lambda match: chr(int(match[1], 8)), text)
+    return os.fsdecode(raw.encode("latin-1", "surrogateescape")) if _ESCAPE.search(text) else raw
+
+
+def parse_mounts(text: str) -> list[Mount]:
+    """In the order in which they were mounted."""
+    mounts = []
+    for line in text.splitlines():
+        before, _, after = line.partition(" - ")
+        fields, rest = before.split(" "), after.split(" ")
+        options = frozenset(fields[5].split(",")) | frozenset(rest[2].split(","))
+        mounts.append(Mount(Path(_unescape(fields[4])), rest[0], _unescape(rest[1]), options))
+    return mounts
+
+
+def mounts_below(directory: Path) -> list[Mount]:
+    text = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
+    return [mount for mount in parse_mounts(text) if mount.target.is_relative_to(directory)]
+
+
+def mount_at(target: Path) -> Mount | None:
+    found = [mount for mount in mounts_below(target) if mount.target == target]
+    return found[-1] if found else None
+
+
+def loop_backing(device: str) -> str | None:
+    """The file behind a loop device, None when it is free."""
+    try:
+        path = Path(f"/sys/block/{Path(device).name}/loop/backing_file")
+        return path.read_text(errors="surrogateescape").rstrip("\n")
+    except OSError:
+        return None
+
+
+def loops_below(directory: Path) -> list[str]:
+    """Loop devices whose backing file lies below `directory`, newest last, mounted over or deleted ones too."""
+    found = []
+    for entry in Path("/sys/block").glob("loop*"):
+        backing = loop_backing(entry.name)
+        if backing and backing.startswith(f"{directory}/"):
+            found.append(f"/dev/{entry.name}")
+    return sorted(found, key=lambda name: int(re.sub(r"\D", "", name) or 0))

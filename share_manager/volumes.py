@@ -1,0 +1,243 @@
+"""The volumes of a data directory: made, found, grown, deleted. Nothing here runs a process."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from engine.durable import replace_file, sync_directory
+from engine.record import FileRecordStore, ReplicaRecord, VolumeRecord
+from engine.store import create_replica, inspect_replica, resize_replica
+from share_manager.errors import (
+    DiskError,
+    SizeMismatchError,
+    UsageError,
+    VolumeBusyError,
+    VolumeMismatchError,
+    VolumeNotFoundError,
+)
+from share_manager.paths import VolumePaths
+from share_manager.units import check_replicas, format_size
+
+_BUILDING = ".creating-"
+_DELETING = ".deleting-"
+
+
+def make_data_dir(data_dir: Path) -> Path:
+    """The data directory as an absolute path, made if missing. Raises DiskError."""
+    try:
+        (data_dir / "volumes").mkdir(parents=True, exist_ok=True, mode=0o700)
+        return data_dir.resolve()
+    except OSError as error:
+        raise DiskError(data_dir, error) from error
+
+
+def list_volumes(data_dir: Path) -> list[str]:
+    try:
+        entries = sorted(os.listdir(data_dir / "volumes"))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DiskError(data_dir, error) from error
+    return [name for name in entries if not name.startswith(".") and (data_dir / "volumes" / name).is_dir()]
+
+
+def find_volume(data_dir: Path, volume: str) -> VolumePaths:
+    """Raises VolumeNotFoundError."""
+    paths = VolumePaths(data_dir.resolve(), volume)
+    if not paths.directory.is_dir():
+        raise VolumeNotFoundError(volume, data_dir)
+    return paths
+
+
+def read_record(paths: VolumePaths) -> VolumeRecord:
+    """Raises RecordError."""
+    return FileRecordStore(paths.record).read()
+
+
+@contextlib.contextmanager
+def volume_lock(paths: VolumePaths, wanted: str) -> Iterator[None]:
+    """Hold the volume for ourselves: one serve, attach or change at a time. The kernel lets go of it when we die.
+
+    The lock is a file beside the volume's directory, so that it is held while that is made, renamed or removed.
+    Raises VolumeBusyError, which ends with `wanted`; DiskError.
+    """
+    directory = paths.data_dir / "volumes"
+    path = directory / f".lock-{paths.volume}"
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise DiskError(directory, error) from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+            os.close(fd)
+            raise VolumeBusyError(paths.volume, int(holder) if holder.isdigit() else None, wanted) from None
+        # a holder that deleted its volume removes the file: a lock on a removed file guards nothing
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(fd).st_ino == os.stat(path).st_ino:
+                break
+        os.close(fd)
+    try:
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, 0)
+            if not paths.directory.exists():
+                path.unlink()
+        os.close(fd)
+
+
+def lock_holder(paths: VolumePaths) -> int | None:
+    """Pid of whoever holds the volume now, None when it is free."""
+    try:
+        fd = os.open(paths.data_dir / "volumes" / f".lock-{paths.volume}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+        return int(holder) if holder.isdigit() else 0
+    else:
+        return None
+    finally:
+        os.close(fd)
+
+
+def create_volume(paths: VolumePaths, *, size: int, replicas: int) -> VolumeRecord:
+    """Make a volume, wholly or not at all: it is built beside and renamed. The caller holds its lock.
+
+    Raises DiskError, StoreError, InvalidValueError.
+    """
+    check_replicas(replicas)
+    parent = paths.directory.parent
+    building = parent / f"{_BUILDING}{paths.volume}"
+    identity = str(uuid.uuid4())
+    names = [f"r{number}" for number in range(1, replicas + 1)]
+    record = VolumeRecord(
+        volume=paths.volume,
+        uuid=identity,
+        size=size,
+        replicas=tuple(
+            ReplicaRecord(name=name, address=f"unix:{paths.replica_socket(name)}", directory=str(paths.replica(name)))
+            for name in names
+        ),
+        in_sync=tuple(names),
+    )
+    try:
+        _remove_unfinished(paths)
+        (building / "replicas").mkdir(parents=True, mode=0o700)
+        (building / "log").mkdir(mode=0o700)
+        for name in names:
+            create_replica(building / "replicas" / name, volume=paths.volume, uuid=identity, replica=name, size=size)
+        replace_file(building / "secret", secrets.token_hex(32).encode() + b"\n", mode=0o600)
+        FileRecordStore(building / "record.json").create(record)
+        sync_directory(building)
+        building.rename(paths.directory)
+        sync_directory(parent)
+    except OSError as error:
+        shutil.rmtree(building, ignore_errors=True)
+        raise DiskError(parent, error) from error
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    return record
+
+
+def _remove_unfinished(paths: VolumePaths) -> None:
+    """What a crash left of making or deleting this volume."""
+    for prefix in (_BUILDING, _DELETING):
+        shutil.rmtree(paths.directory.parent / f"{prefix}{paths.volume}", ignore_errors=True)
+
+
+def open_volume(paths: VolumePaths, *, size: int | None, replicas: int | None) -> VolumeRecord:
+    """The record of a volume that exists and is what was asked for.
+
+    Raises RecordError, SizeMismatchError, VolumeMismatchError.
+    """
+    _remove_unfinished(paths)
+    record = read_record(paths)
+    if size is not None and size != record.size:
+        raise SizeMismatchError(record.volume, format_size(record.size), format_size(size))
+    if replicas is not None and replicas != len(record.replicas):
+        raise VolumeMismatchError(
+            record.volume, f"has {len(record.replicas)} replicas, not {replicas}: leave --replicas out"
+        )
+    return readdress(paths, record)
+
+
+def readdress(paths: VolumePaths, record: VolumeRecord) -> VolumeRecord:
+    """The record with today's sockets and directories: the data directory may have been moved or mounted elsewhere."""
+    here = tuple(
+        ReplicaRecord(
+            name=replica.name,
+            address=f"unix:{paths.replica_socket(replica.name)}",
+            directory=str(paths.replica(replica.name)),
+        )
+        for replica in record.replicas
+    )
+    if here == record.replicas:
+        return record
+    moved = record.next(replicas=here)
+    FileRecordStore(paths.record).swap(record.version, moved)
+    return moved
+
+
+def resize_volume(paths: VolumePaths, size: int) -> VolumeRecord:
+    """Grow a volume that nobody uses: replicas first, then the record, so that a crash between leaves a volume that
+    works at its old size and takes the same command again. The caller holds its lock.
+
+    Raises UsageError, DiskError, RecordError, StoreError.
+    """
+    record = read_record(paths)
+    if size < record.size:
+        raise UsageError(
+            f"volume {record.volume} has {format_size(record.size)}: a volume can only grow, not shrink to "
+            f"{format_size(size)}"
+        )
+    record = readdress(paths, record)
+    try:
+        for replica in record.replicas:
+            if inspect_replica(Path(replica.directory)).size < size:
+                resize_replica(Path(replica.directory), size)
+    except OSError as error:
+        raise DiskError(paths.directory, error) from error
+    if size == record.size:
+        return record
+    grown = record.next(size=size)
+    FileRecordStore(paths.record).swap(record.version, grown)
+    return grown
+
+
+def delete_volume(paths: VolumePaths) -> None:
+    """Gone at once under its name, then removed. The caller holds its lock. Raises DiskError."""
+    doomed = paths.directory.parent / f"{_DELETING}{paths.volume}"
+    try:
+        shutil.rmtree(doomed, ignore_errors=True)
+        paths.directory.rename(doomed)
+        sync_directory(doomed.parent)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        raise DiskError(paths.directory, error) from error
+
+
+def allocated_bytes(directory: Path) -> int:
+    """Disk space that the files below `directory` take, holes left out."""
+    total = 0
+    for parent, _, files in os.walk(directory):
+        for name in files:
+            with contextlib.suppress(OSError):
+                total += os.stat(Path(parent) / name, follow_symlinks=False).st_blocks * 512
+    return total
