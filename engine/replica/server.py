@@ -130,6 +130,9 @@ class Server:
     async def _serve_connection(self, connection: Connection) -> None:
         try:
             await connection.run()
+        except Exception:
+            # a defect that one peer's frames can reach must not take the volume from its engine
+            log.exception("connection failed", peer=connection.peer)
         finally:
             self._connections.pop(connection, None)
             if self.owner is connection:
@@ -336,7 +339,7 @@ class Server:
         async with self._whole():
             if self._refused(connection, frame):
                 return
-            change = self.store.maps.begin_track(wanted.names)
+            change = self.store.begin_track(wanted.names)
             try:
                 await trio.to_thread.run_sync(change.run)
             except OSError as error:

@@ -32,6 +32,8 @@ REVISION_SIZE = 4096
 VOLUME_META = "volume.meta"
 IDENTITY = "share-manager.json"
 REVISION = "revision.counter"
+RESERVE = "share-manager.reserve"
+RESERVE_SIZE = 256 << 10
 FIRST_HEAD = "volume-head-000.img"
 
 _HEAD_NAME = re.compile(r"volume-head-\d{3,}\.img")
@@ -238,8 +240,26 @@ def _fill(directory: Path, *, volume: str, uuid: str, replica: str, size: int) -
         os.fsync(fd)
     finally:
         os.close(fd)
+    make_reserve(directory)
     write_volume_meta(directory, VolumeMeta(size=size, head=FIRST_HEAD))
     write_identity(directory, Identity(volume=volume, uuid=uuid, replica=replica))
+
+
+def make_reserve(directory: Path) -> None:
+    """Keep room for metadata on a disk that becomes full. Raises OSError."""
+    path = directory / RESERVE
+    if not path.exists():
+        replace_file(path, bytes(RESERVE_SIZE), mode=0o600)
+
+
+def drop_reserve(directory: Path) -> bool:
+    """Give that room free, durably, so that the file system can hand it out again. Raises OSError."""
+    try:
+        (directory / RESERVE).unlink()
+    except FileNotFoundError:
+        return False
+    sync_directory(directory)
+    return True
 
 
 def _truncate(path: Path, size: int, flags: int = 0) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -12,7 +16,9 @@ from engine.store.chain import BLOCK, Chain
 from engine.store.layout import (
     Identity,
     VolumeMeta,
+    drop_reserve,
     lock_directory,
+    make_reserve,
     read_chain,
     read_identity,
     read_volume_meta,
@@ -20,8 +26,10 @@ from engine.store.layout import (
     write_identity,
     write_volume_meta,
 )
-from engine.store.maps import RegionMaps
+from engine.store.maps import RegionMaps, TrackSync
 from engine.wire.frame import Buffer
+
+_T = TypeVar("_T")
 
 
 class Store:
@@ -44,6 +52,8 @@ class Store:
                 self.chain = read_chain(directory, meta.head)
                 self._open_images()
                 self.maps = RegionMaps(directory, meta.size)
+            with contextlib.suppress(OSError):
+                make_reserve(directory)
         except BaseException:
             self._close_files()
             raise
@@ -114,7 +124,7 @@ class Store:
             raise ValueError(f"token {epoch}.{incarnation} is lower than {self.token}")
         if (epoch, incarnation) != self.token:
             identity = msgspec.structs.replace(self.identity, epoch=epoch, incarnation=incarnation)
-            write_identity(self.directory, identity)
+            self._metadata(lambda: write_identity(self.directory, identity))
             self.identity = identity
 
     def set_marks(self, *, dirty: bool | None = None, rebuilding: bool | None = None) -> None:
@@ -125,8 +135,24 @@ class Store:
             rebuilding=self.meta.rebuilding if rebuilding is None else rebuilding,
         )
         if meta != self.meta:
-            write_volume_meta(self.directory, meta)
+            self._metadata(lambda: write_volume_meta(self.directory, meta))
             self.meta = meta
+
+    def begin_track(self, names: Iterable[str]) -> TrackSync:
+        """See `RegionMaps.begin_track`."""
+        return self._metadata(lambda: self.maps.begin_track(names))
+
+    def _metadata(self, write: Callable[[], _T]) -> _T:
+        """On a full disk metadata takes the room of the reserve: a full volume must still attach, to be emptied."""
+        try:
+            return write()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not drop_reserve(self.directory):
+                raise
+        done = write()
+        with contextlib.suppress(OSError):
+            make_reserve(self.directory)
+        return done
 
     def close(self) -> None:
         """Let go of the directory, as it is: syncs nothing, clears nothing."""
