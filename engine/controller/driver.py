@@ -243,7 +243,7 @@ class Controller:
 
     async def _serve_connection(self, connection: ReplicaConnection) -> None:
         """Delivers answers until the connection ends, which is the replica's loss."""
-        core, bit = self.core, connection.bit
+        bit = connection.bit
         with connection.scope:
             try:
                 async with trio.open_nursery() as nursery:
@@ -256,7 +256,8 @@ class Controller:
                         self._drain()
             except* (OSError, EngineError) as group:
                 if not connection.closed:
-                    core.lost(bit, _first(group))
+                    # the core is made anew while members are opened: take the one that counts now
+                    self.core.lost(bit, _first(group))
                     if self._connections.get(bit) is connection:
                         self._disconnect(bit)
                     self._drain()

@@ -119,7 +119,7 @@ class Pyfuse3Frontend:
     @contextlib.asynccontextmanager
     async def serve(self, volume: BlockVolume, fuse_fd: int) -> AsyncIterator[_Session]:
         session = _Session()
-        options = {"fsname=share-manager", f"max_read={1 << 20}"}
+        options = {"fsname=share-manager"}
         pyfuse3.init(_VolumeFile(volume), f"/dev/fd/{fuse_fd}", options)
         try:
             async with trio.open_nursery() as nursery:

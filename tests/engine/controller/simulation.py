@@ -7,6 +7,7 @@ return, and fails on the first one that it may not.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -246,6 +247,10 @@ class Engine:
         self.core.submit(op, offset, length, payload, ask)
         self.drain()
 
+    def tick(self) -> None:
+        self.core.tick(1.0)
+        self.drain()
+
     def drain(self) -> None:
         core = self.core
         while core.outbox or core.replies or core.actions:
@@ -464,7 +469,7 @@ def run(rng: Random, steps: int, replicas: int = 3, partitions: bool = True) -> 
     current = world.attach()
     assert current is not None
     for _ in range(steps):
-        choices: list[tuple[int, Any]] = []
+        choices: list[tuple[int, Callable[..., Any], tuple[Any, ...]]] = []
         engine = current
         if engine is None or engine.dead:
             if engine in world.engines:
@@ -481,37 +486,36 @@ def run(rng: Random, steps: int, replicas: int = 3, partitions: bool = True) -> 
             for name, link in each.links.items():
                 if not world.usable(each, name):
                     if not world.replicas[name].hung:
-                        choices.append((3, lambda e=each, n=name: e.lose(n, "connection broke")))
+                        choices.append((3, each.lose, (name, "connection broke")))
                     continue
                 if link.frames:
-                    choices.append((12, lambda e=each, n=name: world.deliver_frame(e, n)))
+                    choices.append((12, world.deliver_frame, (each, name)))
                 if link.answers:
-                    choices.append((12, lambda e=each, n=name: world.deliver_answer(e, n)))
+                    choices.append((12, world.deliver_answer, (each, name)))
             if each.record_wanted is not None:
-                choices.append((4, each.write_record))
+                choices.append((4, each.write_record, ()))
         if engine.ready:
             offset = rng.randrange(SIZE)
             length = rng.randint(1, min(6, SIZE - offset))
-            choices.append((14, lambda: engine.submit(decide.WRITE, offset, length)))
-            choices.append((10, lambda: engine.submit(decide.READ, offset, length)))
-            choices.append((1, lambda: engine.submit(decide.UNMAP, offset, length)))
-            choices.append((4, lambda: engine.submit(decide.FLUSH)))
-            choices.append((2, lambda: (engine.core.tick(1.0), engine.drain())))
-        for name in list(engine.maps_due):
-            choices.append((6, lambda n=name: engine.gather_maps(n, rng)))
+            choices.append((14, engine.submit, (decide.WRITE, offset, length)))
+            choices.append((10, engine.submit, (decide.READ, offset, length)))
+            choices.append((1, engine.submit, (decide.UNMAP, offset, length)))
+            choices.append((4, engine.submit, (decide.FLUSH,)))
+            choices.append((2, engine.tick, ()))
+        choices.extend((6, engine.gather_maps, (name, rng)) for name in engine.maps_due)
         for name, replica in world.replicas.items():
             if not replica.up:
-                choices.append((3, lambda r=replica: setattr(r, "up", True)))
+                choices.append((3, setattr, (replica, "up", True)))
                 continue
             if rng.random() < 0.3:
-                choices.append((1, lambda n=name: world.crash_replica(n, rng.random() < 0.5)))
+                choices.append((1, world.crash_replica, (name, rng.random() < 0.5)))
             if replica.hung:
-                choices.append((3, lambda r=replica: setattr(r, "hung", False)))
-                choices.append((2, lambda n=name: engine.lose(n, "hangs")))
+                choices.append((3, setattr, (replica, "hung", False)))
+                choices.append((2, engine.lose, (name, "hangs")))
             elif rng.random() < 0.3:
-                choices.append((1, lambda r=replica: setattr(r, "hung", True)))
+                choices.append((1, setattr, (replica, "hung", True)))
             if engine.core.state(name) is ReplicaState.OUT and not replica.hung and (engine, name) not in world.cut:
-                choices.append((4, lambda n=name: engine.bring_back(n)))
+                choices.append((4, engine.bring_back, (name,)))
         if rng.random() < 0.012:
             if partitions and rng.random() < 0.5:
                 # a second engine takes over while the first one still believes in itself
@@ -527,9 +531,10 @@ def run(rng: Random, steps: int, replicas: int = 3, partitions: bool = True) -> 
                         world.crash_replica(name, power=True)
                 current = None
             continue
-        weights = [weight for weight, _ in choices]
+        weights = [weight for weight, _, _ in choices]
         if choices:
-            rng.choices(choices, weights)[0][1]()
+            _, act, arguments = rng.choices(choices, weights)[0]
+            act(*arguments)
     for replica in world.replicas.values():
         replica.up, replica.hung = True, False
     for _ in range(3):
