@@ -16,6 +16,7 @@ from ganesha.errors import (
     UpdateError,
 )
 from ganesha.health import export_handle, handle_carries_uuid, null_call
+from ganesha.leftovers import Leftover, find_leftovers, kill_leftovers
 from ganesha.logs import EventKind, LogEvent
 from ganesha.process import Ganesha, GraceState, run_ganesha
 from ganesha.recovery import ClientRecord, consolidate, drop_all, list_records, make_durable, prune_records
@@ -33,6 +34,7 @@ __all__ = [
     "GraceState",
     "HealthError",
     "IoStats",
+    "Leftover",
     "LogEvent",
     "LogLevel",
     "MissingProgramError",
@@ -49,7 +51,9 @@ __all__ = [
     "consolidate",
     "drop_all",
     "export_handle",
+    "find_leftovers",
     "handle_carries_uuid",
+    "kill_leftovers",
     "list_records",
     "make_durable",
     "null_call",

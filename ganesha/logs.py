@@ -3,7 +3,9 @@
 import enum
 import os
 import re
+import struct
 import time
+import uuid
 from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -16,7 +18,9 @@ _LINE = re.compile(
     r"(?P<function>\S+) :(?P<component>[^:]+) :(?P<level>[A-Z_]+) :(?P<message>.*)"
 )
 _LINE_MAX = 64 << 10
+_READ = 1 << 20
 _GRACE_SECONDS = re.compile(r"Now IN GRACE, duration (\d+)")
+_FILESYSTEM = re.compile(r"Added filesystem \S+ (.*) namelen=\d+ dev=\S+ fsid=0x([0-9a-f]{16})\.0x([0-9a-f]{16}) ")
 _RECLAIMED = re.compile(r"reclaim complete\((\d+)\) clid count\((\d+)\)")
 
 
@@ -84,6 +88,18 @@ class LogEvent(msgspec.Struct, frozen=True, kw_only=True):
         match = _RECLAIMED.search(self.message)
         return (int(match[1]), int(match[2])) if match else None
 
+    @property
+    def filesystem(self) -> tuple[str, uuid.UUID] | None:
+        """(mount point, UUID) of a filesystem that the server has found; written by the component FSAL at INFO.
+
+        The UUID is made of the number that handles carry, and so is the filesystem's own only if blkid could tell it.
+        """
+        match = _FILESYSTEM.search(self.message)
+        if match is None:
+            return None
+        # ganesha copies the 16 bytes into two 64-bit integers of the machine.
+        return match[1], uuid.UUID(bytes=struct.pack("=2Q", int(match[2], 16), int(match[3], 16)))
+
 
 def parse_line(line: str) -> LogEvent:
     """An event for any line; never fails."""
@@ -136,7 +152,7 @@ class LogTail:
     """Reads what has been appended to a log file, and replaces the file when it has grown beyond `max_bytes`.
 
     ganesha opens its log anew for each line, so renaming the file is enough; a line that was being written just then
-    still ends up in the old file, which is therefore read to its end once more at the next call.
+    still ends up in the old file, which is therefore left only at a later call that finds no more in it.
     """
 
     def __init__(self, path: Path, *, max_bytes: int = MAX_BYTES) -> None:
@@ -147,13 +163,13 @@ class LogTail:
         self._partial = b""
 
     def read(self) -> list[LogEvent]:
-        """The complete lines since the last call. Never blocks for longer than the disk does."""
+        """The complete lines since the last call, of at most 1 MiB; more is left to the next call."""
         events = self._lines()
-        if self._rotated:
+        if self._rotated and not events:
             self._rotated = False
             self.close()
-            events += self._lines()
-        if self._file is not None and self._file.tell() > self._max_bytes:
+            events = self._lines()
+        if self._file is not None and not self._rotated and self._file.tell() > self._max_bytes:
             rotate(self._path)
             self._rotated = True
         return events
@@ -169,7 +185,7 @@ class LogTail:
                 self._file = open(self._path, "rb")  # noqa: SIM115  closed by close()
             except FileNotFoundError:
                 return []
-        data = self._partial + self._file.read()
+        data = self._partial + self._file.read(_READ)
         *lines, self._partial = data.split(b"\n")
         if len(self._partial) > _LINE_MAX:
             lines, self._partial = [*lines, self._partial], b""

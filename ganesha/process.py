@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -58,6 +59,8 @@ class Ganesha:
         self._start_log: list[LogEvent] = []
         self._initialized = False
         self._grace_until: float | None = None
+        self._filesystems: dict[str, uuid.UUID] = {}
+        self._roots: dict[str, str] = {}
         self._update = trio.Lock()
 
     @property
@@ -174,6 +177,15 @@ class Ganesha:
         active = await self._control.in_grace()
         return GraceState(active=active, ends_at=self._grace_until if active else None)
 
+    def carries_uuid(self, export_id: int, fs_uuid: uuid.UUID) -> bool:
+        """Whether the handles of an export name its filesystem by this UUID, and so stay valid on another node.
+
+        ganesha falls back to device numbers, which change with the node (ESTALE), when blkid cannot tell the UUID.
+        Known from its log once it is ready; unlike export_handle it needs no access to the export.
+        """
+        path = next((str(export.path) for export in self._config.exports if export.export_id == export_id), None)
+        return path is not None and self._filesystems.get(self._roots.get(path, "")) == fs_uuid
+
     async def stats(self) -> ServerStats:
         """Raises DbusError."""
         return await self._control.stats()
@@ -218,6 +230,13 @@ class Ganesha:
                 self._initialized = True
             elif event.kind is EventKind.GRACE_STARTED and event.grace_seconds is not None:
                 self._grace_until = event.time + event.grace_seconds
+            elif (filesystem := event.filesystem) is not None:
+                mount, self._filesystems[mount] = filesystem
+            elif event.message.startswith("Root fs for export "):
+                for export in self._config.exports:
+                    prefix = f"Root fs for export {export.path} is "
+                    if event.message.startswith(prefix):
+                        self._roots[str(export.path)] = event.message.removeprefix(prefix)
             self._publish(event)
 
     def _publish(self, event: LogEvent) -> None:
@@ -325,11 +344,12 @@ async def _run_bus(run_dir: Path) -> AsyncIterator[trio.Process]:
     process = await _spawn(command, log, {}, (), stdout=subprocess.PIPE)
     assert process.stdout is not None
     try:
-        address: bytes | bytearray = b""
+        address = bytearray()
         with trio.move_on_after(_BUS_START):
-            address = await process.stdout.receive_some()
+            while not address.endswith(b"\n") and (data := await process.stdout.receive_some()):
+                address += data
         await process.stdout.aclose()
-        if not address:
+        if not address.endswith(b"\n"):
             lines = [event.message for event in LogTail(log).read()]
             raise StartError(f"its message bus failed: {lines[-1] if lines else 'no answer'}", log=log)
         yield process

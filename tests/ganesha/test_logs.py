@@ -1,3 +1,4 @@
+import uuid
 from pathlib import Path
 
 import pytest
@@ -85,10 +86,20 @@ def test_a_long_log_is_replaced_and_no_line_is_lost(tmp_path: Path) -> None:
         if old is not None:  # a writer that opened the log before it was replaced
             old.write(b"late\n")
             old.close()
-    found += tail.read() + tail.read()
+    while events := tail.read():
+        found += events
     numbers = [int(event.message) for event in found if event.message != "late"]
     assert numbers == list(range(500))
     assert "late" in [event.message for event in found]
     assert log.stat().st_size <= 1100
     assert previous(log).exists()
     tail.close()
+
+
+def test_a_filesystem_is_read_from_its_line() -> None:
+    line = (
+        "posix_create_file_system :FSAL :INFO :Added filesystem 0x55881afc5540 /mnt/a b namelen=255 dev=7.0 "
+        "fsid=0x5342e4930db47a73.0xa94c77938f1ee5a3 5999608973852179059.12199256966284895651 type=ext4"
+    )
+    assert parse_line(HEAD + line).filesystem == ("/mnt/a b", uuid.UUID("737ab40d-93e4-4253-a3e5-1e8f93774ca9"))
+    assert parse_line(HEAD + "f :FSAL :INFO :something else").filesystem is None

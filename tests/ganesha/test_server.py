@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -27,7 +28,9 @@ from ganesha import (
     StartError,
     UpdateError,
     export_handle,
+    find_leftovers,
     handle_carries_uuid,
+    kill_leftovers,
     list_records,
     null_call,
     prune_records,
@@ -423,7 +426,79 @@ async def test_handles_carry_the_uuid_of_a_device_with_a_past(
         fs_uuid = uuid.uuid4()
         with mounted(tmp_path / "image", tmp_path / "mount", fs_uuid):
             config = make_config(path=tmp_path / "mount" / "data", recovery_root=tmp_path / "mount" / "recovery")
-            async with run(config, number + 1):
+            async with run(config, number + 1) as server:
+                assert server.carries_uuid(1, fs_uuid)
+                assert not server.carries_uuid(1, uuid.uuid4())
+                assert not server.carries_uuid(2, fs_uuid)
                 handle = await export_handle("127.0.0.1", config.port, "/vol1", 5)
             assert handle_carries_uuid(handle, fs_uuid)
             assert not handle_carries_uuid(handle, uuid.uuid4())
+
+
+async def test_a_server_outlives_its_starter_and_is_found(make_config: MakeConfig, run: Run, tmp_path: Path) -> None:
+    config = make_config()
+    script = f"""
+import msgspec, trio, ganesha
+from pathlib import Path
+async def main():
+    config = msgspec.json.decode({msgspec.json.encode(config, enc_hook=str)!r}, type=ganesha.ServerConfig,
+                                 dec_hook=lambda kind, value: kind(value))
+    async with ganesha.run_ganesha(config, run_dir=Path({str(tmp_path / "run")!r}), epoch=1) as server:
+        await server.wait_ready(10)
+        print("ready", flush=True)
+        await trio.sleep_forever()
+trio.run(main)
+"""
+    starter = await trio.lowlevel.open_process([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert starter.stdout is not None
+    async with starter.stdout:
+        try:
+            assert (await starter.stdout.receive_some()).startswith(b"ready")
+        finally:
+            starter.kill()
+            await starter.wait()
+    await null_call("127.0.0.1", config.port, 5)
+    leftovers = find_leftovers(tmp_path / "run")
+    assert [leftover.program for leftover in leftovers] == ["ganesha.nfsd", "dbus-daemon"]
+    assert find_leftovers(tmp_path / "ru") == []
+    # The bus may already have gone with its only client.
+    assert (await kill_leftovers(tmp_path / "run"))[0] == leftovers[0]
+    assert find_leftovers(tmp_path / "run") == []
+    async with run(config, 2):
+        pass
+
+
+async def test_a_client_with_two_records_counts_once(make_config: MakeConfig, run: Run) -> None:
+    config = make_config()
+    for epoch in (1, 2):
+        async with run(config, epoch) as server, nfs_client(config.port) as client:
+            await client.set_client_id(b"client")
+            server.kill()
+            await server.wait()
+    assert (config.recovery_root / "v4old" / "node0").is_dir()
+    async with run(config, 3) as server:
+        with trio.fail_after(5):
+            async for event in server.events:
+                if event.kind is EventKind.RECLAIM_PROGRESS:
+                    assert event.reclaimed == (0, 1)
+                    break
+
+
+async def test_an_address_of_another_host_is_named_as_the_reason(make_config: MakeConfig, run: Run) -> None:
+    with pytest.raises(StartError, match="Cannot assign requested address"):
+        async with run(make_config(bind="192.0.2.1")):
+            pytest.fail("it came up")
+
+
+async def test_the_log_stays_bounded(
+    make_config: MakeConfig, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ganesha.logs.LogTail.__init__.__kwdefaults__", {"max_bytes": 20_000})
+    config = make_config(log_level="FULL_DEBUG")
+    log = tmp_path / "run" / "ganesha.log"
+    async with run(config) as server:
+        with trio.fail_after(10):
+            while not log.with_name("ganesha.log.1").exists():
+                await server.null_call()
+        await server.null_call()
+    assert server.returncode == 0
