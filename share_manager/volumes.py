@@ -138,7 +138,8 @@ def create_volume(paths: VolumePaths, *, size: int, replicas: int) -> VolumeReco
     )
     try:
         _remove_unfinished(paths)
-        (building / "replicas").mkdir(parents=True, mode=0o700)
+        building.mkdir(mode=0o700)
+        (building / "replicas").mkdir(mode=0o700)
         (building / "log").mkdir(mode=0o700)
         for name in names:
             create_replica(building / "replicas" / name, volume=paths.volume, uuid=identity, replica=name, size=size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Protocol
 
 import trio
 from rich.console import Console, Group
@@ -10,7 +11,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from share_manager.share.daemon import Share
 from share_manager.share.status import ReplicaInfo, ShareStatus
 from share_manager.units import format_size
 
@@ -32,12 +32,21 @@ def describe_replica(replica: ReplicaInfo) -> str:
     return f"{replica.name} {replica.state.replace('_', ' ')}"
 
 
+def describe_clients(status: ShareStatus) -> str:
+    addresses = ", ".join(client.address for client in status.clients if client.client_ids)
+    return f"{status.connected_clients}{'  ' + addresses if addresses else ''}"
+
+
+class Watched(Protocol):
+    async def status(self) -> ShareStatus: ...
+
+
 class LiveView:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._last: tuple[float, int, int, int] | None = None
 
-    async def run(self, share: Share) -> None:
+    async def run(self, share: Watched) -> None:
         """Until cancelled."""
         with Live(console=self._console, auto_refresh=False, transient=True) as live:
             while True:
@@ -67,10 +76,13 @@ class LiveView:
             state.append("  in grace: clients reclaim", "yellow")
         grid.add_row("state", state)
         grid.add_row("volume", f"{status.volume}  {format_size(status.size_bytes)}  epoch {status.epoch}")
-        grid.add_row("mount", status.mount_command or "")
+        if status.mount_command:
+            grid.add_row("mount", status.mount_command)
+        else:
+            grid.add_row("file", status.engine.block_file)
         grid.add_row("replicas", "  ".join(describe_replica(replica) for replica in status.replicas))
-        addresses = ", ".join(client.address for client in status.clients if client.client_ids)
-        grid.add_row("clients", f"{status.connected_clients}{'  ' + addresses if addresses else ''}")
+        if status.kind == "serve":
+            grid.add_row("clients", describe_clients(status))
         grid.add_row(
             "throughput", f"read {human_rate(rates[0])}  write {human_rate(rates[1])}  {rates[2]:.0f} requests/s"
         )

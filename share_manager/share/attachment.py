@@ -196,7 +196,10 @@ async def _forward_events(attachment: Attachment, report: Reporter) -> None:
         with contextlib.suppress(EngineUnreachableError, trio.BrokenResourceError):
             async with attachment.client.events() as events:
                 async for event in events:
-                    if event.event == "ready" or known.get(event.replica) == event.event == "replica_in_sync":
+                    if event.event == "ready" or (
+                        event.event == "replica_in_sync" and known.get(event.replica, event.event) == event.event
+                    ):
+                        known[event.replica] = event.event
                         continue
                     if event.replica:
                         known[event.replica] = event.event

@@ -179,6 +179,12 @@ def open_or_create(paths: VolumePaths, options: VolumeOptions, report: Reporter)
     return record, True
 
 
+def undo_creation(paths: VolumePaths) -> None:
+    """For a volume whose very first start failed: nobody has written to it."""
+    with contextlib.suppress(ShareManagerError):
+        delete_volume(paths)
+
+
 class Share:
     """One served volume. `run` is its life; everything else looks at it from outside."""
 
@@ -224,13 +230,9 @@ class Share:
                     await self._run(beside)
                 except BaseException:
                     if made and not self._was_ready:
-                        self._undo_creation()
+                        undo_creation(self.paths)
                     raise
             self.report.emit("stopped", "stopped", volume=self.paths.volume)
-
-    def _undo_creation(self) -> None:
-        with contextlib.suppress(ShareManagerError):
-            delete_volume(self.paths)
 
     async def _run(self, beside: Callable[[Share], Awaitable[None]] | None) -> None:
         assert self.record is not None
