@@ -31,7 +31,7 @@ missing_packages() {
 
 # The packages of ganesha and rpcbind start services that listen on 2049 and 111. Services that this installation brings
 # are kept from starting; those that were there before are left alone.
-policy=/usr/sbin/policy-rc.d
+policy=${POLICY_RC_D:-/usr/sbin/policy-rc.d}
 hold_back_services() {
     [[ -e $policy ]] && return
     trap 'rm -f "$policy"' EXIT
