@@ -60,6 +60,10 @@ _KINDS: tuple[tuple[EventKind, re.Pattern[str]], ...] = tuple(
 )
 # Written at every start of a server that has no Kerberos keytab and no rpcbind, and needs neither.
 _NOISE = re.compile(r"krb5|principal|Cannot register")
+# The lines around the one that names the mistake.
+_SUMMARY = re.compile(r"Error while parsing|\berrors\b|Errors processing")
+# ganesha asks getaddrinfo(3) with AI_ADDRCONFIG even for numbers (measured).
+_NO_NETWORK = " (this network namespace has no address of that family but loopback's own; bring up an interface)"
 _BAD_LEVELS = frozenset({"FATAL", "MAJ", "CRIT"})
 
 
@@ -130,9 +134,10 @@ def _classify(level: str, message: str) -> EventKind:
 def failure_reason(events: list[LogEvent]) -> str | None:
     """The line of a failed start's log that tells most: the most specific kind first, else the last bad one."""
     for kind in (EventKind.BIND_FAILED, EventKind.EXPORT_FAILED, EventKind.CONFIG_FAILED):
-        for event in events:
-            if event.kind is kind:
-                return event.message.strip()
+        found = [event.message.strip() for event in events if event.kind is kind]
+        if found:
+            reason = next((message for message in found if not _SUMMARY.search(message)), found[0])
+            return reason + _NO_NETWORK if "No IP address found" in reason else reason
     bad = [event for event in events if event.level in _BAD_LEVELS and not _NOISE.search(event.message)]
     specific = [event for event in bad if "Fatal errors" not in event.message]
     return (specific or bad)[-1].message.strip() if bad else None

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -278,13 +279,13 @@ async def run_ganesha(
     await trio.to_thread.run_sync(_prepare_records, config.recovery_root, abandon_on_cancel=True)
     command = [ganesha_program, "-F", "-E", str(epoch), "-f", str(path), "-L", str(log_path(run_dir))]
     command += ["-p", str(run_dir / "ganesha.pid")]
-    socket = run_dir / "bus.sock"
+    bus_socket = run_dir / "bus.sock"
     # With the host's blkid cache ganesha would take the UUID that the device, such as /dev/loop0, had under its last
     # owner (measured), and handles would not survive a failover.
-    environment = {"DBUS_SYSTEM_BUS_ADDRESS": bus_address(socket), "BLKID_FILE": str(run_dir / "blkid.tab")}
+    environment = {"DBUS_SYSTEM_BUS_ADDRESS": bus_address(bus_socket), "BLKID_FILE": str(run_dir / "blkid.tab")}
     async with _run_bus(run_dir) as bus:
         process = await _spawn(command, log_path(run_dir), environment, keep_fds)
-        ganesha = Ganesha(config, run_dir, process, bus, Control(socket))
+        ganesha = Ganesha(config, run_dir, process, bus, Control(bus_socket))
         try:
             with _unwrapped():
                 async with trio.open_nursery() as nursery:
@@ -316,7 +317,12 @@ def write_config(config: ServerConfig, run_dir: Path) -> Path:
 def _prepare_records(recovery_root: Path) -> None:
     # ganesha would create at most the last directory, and go on without records when it cannot.
     make_durable(recovery_root)
-    consolidate(recovery_root)
+    try:
+        socket.socket(socket.AF_INET6, socket.SOCK_STREAM).close()
+        mapped = True
+    except OSError:
+        mapped = False
+    consolidate(recovery_root, mapped=mapped)
 
 
 def _prepare(config: ServerConfig, run_dir: Path) -> Path:

@@ -75,23 +75,36 @@ def prune_records(recovery_root: Path, gone: Callable[[ClientRecord], bool] = la
     return removed
 
 
-def consolidate(recovery_root: Path) -> None:
+def consolidate(recovery_root: Path, *, mapped: bool | None = None) -> None:
     """Gives every client exactly one record, below `v4recov`, durably. Before each start. Raises RecoveryError.
 
     Heals two faults of nfs-ganesha 4.3, both measured. A start reads the records in `v4old` and removes them, so the
     second restart within one grace period would forget every client that has not reclaimed yet. And a client with a
     record in both places counts twice, so that grace never ends early. A record in `v4old` at a start means that the
     last grace period did not end, so nothing that conflicts with the client's state has been granted.
+
+    `mapped` says how this server will see IPv4 clients: as ::ffff:a.b.c.d where IPv6 sockets exist, else as a.b.c.d
+    (measured). Records from a node of the other kind are renamed, for a client is known by the whole name. None leaves
+    the names alone.
     """
     try:
-        for base in list(_bases(recovery_root / OLD)):
-            target = recovery_root / CURRENT / base.relative_to(recovery_root / OLD)
-            for name, _ in list(_leaves(base, b"")):
-                parts = _parts(name)
-                _make_directories(target, parts)
-                _remove_leaf(base, parts)
+        for top in (OLD, CURRENT):
+            for base in list(_bases(recovery_root / top)):
+                target = recovery_root / CURRENT / base.relative_to(recovery_root / top)
+                for name, _ in list(_leaves(base, b"")):
+                    wanted = name if mapped is None else _as_seen(name, mapped)
+                    if top == OLD or wanted != name:
+                        _make_directories(target, _parts(wanted))
+                        _remove_leaf(base, _parts(name))
     except OSError as error:
         raise RecoveryError(f"cannot consolidate the client records in {recovery_root}: {error.strerror}") from error
+
+
+def _as_seen(name: bytes, mapped: bool) -> bytes:
+    address, rest = name.split(b"-(", 1)
+    if b"." not in address:
+        return name
+    return (b"::ffff:" if mapped else b"") + address.removeprefix(b"::ffff:") + b"-(" + rest
 
 
 def drop_all(recovery_root: Path) -> None:

@@ -60,6 +60,12 @@ def test_the_most_telling_line_is_the_reason() -> None:
     assert "Address already in use" in str(failure_reason(events))
     assert failure_reason(events[:1]) is None
     assert failure_reason([]) is None
+    lines = [
+        "f :NFS STARTUP :CRIT :Error while parsing core configuration",
+        "f :CONFIG :CRIT :Config File (/x:4): No IP address found for 127.0.0.1 because:Name or service not known",
+        "f :CONFIG :CRIT :Config File (/x:1): 1 errors while processing parameters for NFS_Core_Param",
+    ]
+    assert "bring up an interface" in str(failure_reason([parse_line(HEAD + line) for line in lines]))
 
 
 def test_only_whole_lines_are_read(tmp_path: Path) -> None:

@@ -82,6 +82,17 @@ def test_consolidating_keeps_every_client_once(tmp_path: Path) -> None:
     assert len(list_records(tmp_path)) == 3
 
 
+def test_records_follow_the_form_in_which_the_server_sees_addresses(tmp_path: Path) -> None:
+    for address, client_id in (("10.0.0.1", "a"), ("::ffff:10.0.0.2", "b-(1:.)"), ("fd00::1", "c.")):
+        put(tmp_path / "v4recov", address, client_id)
+    put(tmp_path / "v4old", "::ffff:10.0.0.1", "a")
+    consolidate(tmp_path, mapped=True)
+    mapped = {("::ffff:10.0.0.1", "a", False), ("::ffff:10.0.0.2", "b-(1:.)", False), ("fd00::1", "c.", False)}
+    assert seen(tmp_path) == mapped
+    consolidate(tmp_path, mapped=False)
+    assert seen(tmp_path) == {(address.removeprefix("::ffff:"), name, old) for address, name, old in mapped}
+
+
 def test_no_directory_has_no_records(tmp_path: Path) -> None:
     assert list_records(tmp_path / "none") == []
     assert prune_records(tmp_path / "none") == []
