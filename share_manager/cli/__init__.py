@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
@@ -10,32 +11,50 @@ from cyclopts import App, CycloptsError
 
 from share_manager.errors import exit_status_of, is_ours, leaves
 
-app = App(
-    name="share-manager",
-    help="ReadWriteMany NFS shares on replicated block volumes.",
-    help_epilogue=(
-        "Exit status: 0 done, 1 failed while it ran, 2 wrong usage, 3 this machine lacks something, "
-        "4 conflict (in use, or different), 5 no such volume, 6 storage (no space, no replica)."
-    ),
-    help_format="plaintext",
-    version="",
-    help_on_error=False,
-)
-# loaded when they are used: `status` in a script should not wait for a web server's imports
-app.command("share_manager.cli.serve:serve", name="serve", sort_key=1)
-app.command("share_manager.cli.attach:attach", name="attach", sort_key=2)
-app.command("share_manager.cli.status:status", name="status", sort_key=3)
-app.command("share_manager.cli.stop:stop", name="stop", sort_key=4)
-app.command("share_manager.cli.volume:app", name="volume", sort_key=5)
-app.command("share_manager.cli.doctor:doctor", name="doctor", sort_key=6)
-app.command("share_manager.bench:app", name="bench", sort_key=7)
+COMMANDS = {
+    "serve": ("share_manager.cli.serve:serve", "Serve a volume over NFSv4."),
+    "attach": ("share_manager.cli.attach:attach", "Attach a volume as a block file."),
+    "status": ("share_manager.cli.status:status", "Show volumes and their shares."),
+    "stop": ("share_manager.cli.stop:stop", "Stop a share, or clear what a killed one left behind."),
+    "volume": ("share_manager.cli.volume:app", "List, show, resize and delete volumes."),
+    "doctor": ("share_manager.cli.doctor:doctor", "Check whether this machine can serve volumes."),
+    "bench": ("share_manager.bench:app", "Measure each layer of the data path."),
+}
+"""Loaded when they are used: `status` in a script should not wait for a web server's imports."""
+
+
+def make_app(argv: Sequence[str]) -> App:
+    app = App(
+        name="share-manager",
+        help="ReadWriteMany NFS shares on replicated block volumes.",
+        help_epilogue=(
+            "Exit status: 0 done, 1 failed while it ran, 2 wrong usage, 3 this machine lacks something, "
+            "4 conflict (in use, or different), 5 no such volume, 6 storage (no space, no replica)."
+        ),
+        help_format="plaintext",
+        version=version,
+        help_on_error=False,
+    )
+    overview = not any(argument in COMMANDS for argument in argv)
+    for order, (name, (target, summary)) in enumerate(COMMANDS.items()):
+        # a summary given here would replace the command's own help
+        app.command(target, name=name, sort_key=order, **({"help": summary} if overview else {}))
+    return app
+
+
+def version() -> str:
+    try:
+        return importlib.metadata.version("share-manager")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit status. The only place that catches errors."""
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        result = app(
-            list(sys.argv[1:] if argv is None else argv),
+        result = make_app(words)(
+            words,
             exit_on_error=False,
             print_error=False,
             result_action="return_value",

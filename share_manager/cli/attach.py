@@ -31,8 +31,8 @@ def attach(
     Prints the path of the file when it is ready. Replicas are repaired meanwhile; when the engine dies the file is
     gone and the command ends with an error.
 
-    Examples
-    --------
+    For example:
+
     share-manager attach vol1 --size 10Gi
 
     share-manager attach vol1 --output json

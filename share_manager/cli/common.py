@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 import msgspec
 from cyclopts import Parameter
 from rich.console import Console
+from rich.table import Table as RichTable
 
 from share_manager.events import ConsoleSink, JsonSink, LineSink, Reporter
-from share_manager.paths import DEFAULT_DATA_DIR
+from share_manager.paths import DEFAULT_DATA_DIR as DEFAULT_DATA_DIR
 
 DataDir = Annotated[
     Path, Parameter(name="--data-dir", help="Directory that holds the volumes: records, replicas, logs.")
@@ -21,8 +22,6 @@ Steps = Annotated[
 ]
 Table = Annotated[Literal["table", "json"], Parameter(name="--output", help="A table for people, or JSON.")]
 VolumeName = Annotated[str, Parameter(help="Name of the volume: a DNS label, up to 63 of a-z, 0-9 and '-'.")]
-
-__all__ = ["DEFAULT_DATA_DIR", "DataDir", "Steps", "Table", "VolumeName", "print_json", "reporter"]
 
 
 def reporter(output: str, console: Console | None = None) -> Reporter:
@@ -39,3 +38,19 @@ def print_json(value: object) -> None:
 
 def terminal() -> Console | None:
     return Console() if sys.stdout.isatty() else None
+
+
+def table_console() -> Console:
+    """Tables keep their columns in a pipe or a file, which have no width."""
+    return Console() if sys.stdout.isatty() else Console(width=400)
+
+
+def plain_table() -> RichTable:
+    return RichTable(box=None, pad_edge=False, header_style="bold")
+
+
+def plain_grid() -> RichTable:
+    grid = RichTable.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    return grid

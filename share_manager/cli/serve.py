@@ -65,8 +65,8 @@ def serve(
 
     Makes the volume when there is none of that name. Needs root.
 
-    Examples
-    --------
+    For example:
+
     share-manager serve vol1
 
     share-manager serve vol1 --size 100Gi --bind 0.0.0.0 --allow 10.0.0.0/8 --squash root

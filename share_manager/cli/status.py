@@ -6,11 +6,17 @@ from typing import Annotated
 
 import trio
 from cyclopts import Parameter
-from rich.console import Console
-from rich.table import Table as RichTable
 
 from share_manager import units
-from share_manager.cli.common import DEFAULT_DATA_DIR, DataDir, Table, print_json
+from share_manager.cli.common import (
+    DEFAULT_DATA_DIR,
+    DataDir,
+    Table,
+    plain_grid,
+    plain_table,
+    print_json,
+    table_console,
+)
 from share_manager.cli.live import describe_clients, describe_replica
 from share_manager.paths import VolumePaths
 from share_manager.share.inspect import all_status, volume_status
@@ -30,8 +36,8 @@ def status(
     State: stopped, starting, running, repairing, stopping; orphaned when a killed share manager left processes that
     the next `serve` or `stop` clears.
 
-    Examples
-    --------
+    For example:
+
     share-manager status
 
     share-manager status vol1 --output json
@@ -52,7 +58,7 @@ def status(
 
 
 def show_list(found: list[ShareStatus]) -> None:
-    table = RichTable(box=None, pad_edge=False, header_style="bold")
+    table = plain_table()
     for heading in ("VOLUME", "STATE", "SIZE", "EPOCH", "REPLICAS", "CLIENTS", "ENDPOINT"):
         table.add_column(heading, overflow="fold")
     for one in found:
@@ -66,13 +72,11 @@ def show_list(found: list[ShareStatus]) -> None:
             str(one.connected_clients) if one.state == "running" else "-",
             one.endpoint or "-",
         )
-    Console().print(table)
+    table_console().print(table)
 
 
 def show_one(one: ShareStatus) -> None:
-    grid = RichTable.grid(padding=(0, 2))
-    grid.add_column(style="dim")
-    grid.add_column(overflow="fold")
+    grid = plain_grid()
     rows = [
         ("volume", one.volume),
         ("state", one.state + ("  (in grace: clients reclaim)" if one.in_grace else "")),
@@ -97,4 +101,4 @@ def show_one(one: ShareStatus) -> None:
         pid = f"  pid {replica.pid}" if replica.pid else ""
         reason = f"  {replica.reason}" if replica.reason else ""
         grid.add_row("replica", f"{describe_replica(replica)}{pid}  {replica.directory}{reason}")
-    Console().print(grid)
+    table_console().print(grid)

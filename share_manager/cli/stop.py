@@ -31,8 +31,8 @@ def stop(
 
     Client records stay on the volume, so clients reclaim their locks at the next `serve`.
 
-    Examples
-    --------
+    For example:
+
     share-manager stop vol1
     """
     paths = find_volume(data_dir, units.parse_name(volume))

@@ -9,13 +9,20 @@ from typing import Annotated
 import msgspec
 import trio
 from cyclopts import App, Parameter
-from rich.console import Console
-from rich.table import Table as RichTable
 
 from engine.errors import EngineError
 from engine.store import ReplicaInfo, inspect_replica
 from share_manager import units
-from share_manager.cli.common import DEFAULT_DATA_DIR, DataDir, Table, VolumeName, print_json
+from share_manager.cli.common import (
+    DEFAULT_DATA_DIR,
+    DataDir,
+    Table,
+    VolumeName,
+    plain_grid,
+    plain_table,
+    print_json,
+    table_console,
+)
 from share_manager.errors import UsageError, VolumeBusyError
 from share_manager.paths import VolumePaths
 from share_manager.share.leftovers import clear, observe
@@ -82,15 +89,15 @@ def summarise(paths: VolumePaths) -> VolumeSummary:
 def list_command(*, data_dir: DataDir = DEFAULT_DATA_DIR, output: Table = "table") -> None:
     """List volumes with the disk space that they take.
 
-    Examples
-    --------
+    For example:
+
     share-manager volume list
     """
     found = [summarise(VolumePaths(data_dir.resolve(), name)) for name in list_volumes(data_dir)]
     if output == "json":
         print_json(found)
         return
-    table = RichTable(box=None, pad_edge=False, header_style="bold")
+    table = plain_table()
     for heading in ("VOLUME", "SIZE", "ON DISK", "REPLICAS", "EPOCH"):
         table.add_column(heading, overflow="fold")
     for one in found:
@@ -100,15 +107,15 @@ def list_command(*, data_dir: DataDir = DEFAULT_DATA_DIR, output: Table = "table
             in_sync = f"{len(one.in_sync)}/{one.replicas} in sync"
             on_disk = f"{one.allocated_bytes / (1 << 20):.1f} MiB"
             table.add_row(one.volume, units.format_size(one.size_bytes), on_disk, in_sync, str(one.epoch))
-    Console().print(table)
+    table_console().print(table)
 
 
 @app.command
 def show(volume: VolumeName, /, *, data_dir: DataDir = DEFAULT_DATA_DIR, output: Table = "table") -> None:
     """Show a volume's record and its replica directories.
 
-    Examples
-    --------
+    For example:
+
     share-manager volume show vol1 --output json
     """
     paths = find_volume(data_dir, units.parse_name(volume))
@@ -129,9 +136,7 @@ def show(volume: VolumeName, /, *, data_dir: DataDir = DEFAULT_DATA_DIR, output:
     if output == "json":
         print_json(detail)
         return
-    grid = RichTable.grid(padding=(0, 2))
-    grid.add_column(style="dim")
-    grid.add_column(overflow="fold")
+    grid = plain_grid()
     grid.add_row("volume", detail.volume)
     grid.add_row("uuid", detail.uuid)
     grid.add_row("size", units.format_size(detail.size_bytes))
@@ -143,7 +148,7 @@ def show(volume: VolumeName, /, *, data_dir: DataDir = DEFAULT_DATA_DIR, output:
         grid.add_row(
             "replica", f"{replica.name}  {state}  {replica.directory}{'  ' + replica.error if replica.error else ''}"
         )
-    Console().print(grid)
+    table_console().print(grid)
 
 
 def _replica(directory: Path, name: str, in_sync: bool) -> ReplicaDetail:
@@ -173,8 +178,8 @@ def resize(
 ) -> None:
     """Grow a volume that is not served; its filesystem grows at the next `serve`.
 
-    Examples
-    --------
+    For example:
+
     share-manager volume resize vol1 20Gi
     """
     paths = find_volume(data_dir, units.parse_name(volume))
@@ -195,8 +200,8 @@ def delete(
 ) -> None:
     """Delete a volume that is not served, with all its data. Asks first.
 
-    Examples
-    --------
+    For example:
+
     share-manager volume delete vol1 --yes
     """
     paths = find_volume(data_dir, units.parse_name(volume))

@@ -213,25 +213,17 @@ async def _forward_events(attachment: Attachment, report: Reporter) -> None:
 
 
 def describe(event: str, replica: str, message: str, done: int, total: int) -> str:
-    detail = f": {message}" if message else ""
-    match event:
-        case "replica_left":
-            return f"replica {replica} left the in-sync set{detail}"
-        case "replica_resyncing":
-            return f"replica {replica} is being resynchronised{detail}"
-        case "resync_progress":
-            share = f"{100 * done // total} %" if total else f"{done} bytes"
-            return f"replica {replica} resync: {share}"
-        case "replica_in_sync":
-            return f"replica {replica} is in sync{detail}"
-        case "equalised":
-            return f"replicas are equal after the last crash{detail}"
-        case "fenced":
-            return f"fenced: another attachment has the volume{detail}"
-        case "faulted":
-            return f"the engine lost every in-sync replica{detail}"
-        case _:
-            return f"{event}{' ' + replica if replica else ''}{detail}"
+    """An engine's event in words; its own message where it has one."""
+    if event == "resync_progress":
+        share = f"{100 * done // total} %" if total else f"{done} bytes"
+        return f"replica {replica}: resynchronised {share}"
+    words = {
+        "replica_left": "left the in-sync set",
+        "replica_resyncing": "is being brought up to date",
+        "replica_in_sync": "is in sync",
+    }
+    what = message if len(message.split()) > 1 else words.get(event, event.replace("_", " "))
+    return f"replica {replica}: {what}" if replica else what
 
 
 @contextlib.asynccontextmanager

@@ -99,7 +99,10 @@ class Child:
         return last_reason(text)
 
     def died(self) -> ProcessDiedError:
-        return ProcessDiedError(self.name, self.returncode, self.reason(), self.log)
+        status = self.returncode
+        # killed, it had no time to say why
+        killed = status is not None and status < 0
+        return ProcessDiedError(self.name, status, "" if killed else self.reason(), None if killed else self.log)
 
     async def aclose(self) -> None:
         if self._process.stdout is not None:

@@ -87,11 +87,11 @@ class Step(enum.Enum):
 def plan(found: Leftovers) -> list[Step]:
     """The order of leaving. Without engine or replicas requests hang, so ganesha dies before they are failed."""
     steps = []
-    if found.helpers:
-        steps.append(Step.KILL_HELPERS)
     orderly = bool(found.engine and found.replicas)
     if found.ganesha:
         steps.append(Step.ASK_GANESHA if orderly else Step.KILL_GANESHA)
+    if found.helpers:
+        steps.append(Step.KILL_HELPERS)
     if not orderly and (found.block_file or found.loops or found.mounts):
         steps.append(Step.ABORT_BLOCK_FILE)
     if found.ganesha and not orderly:
