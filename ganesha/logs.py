@@ -25,7 +25,10 @@ _RECLAIMED = re.compile(r"reclaim complete\((\d+)\) clid count\((\d+)\)")
 
 
 class EventKind(enum.StrEnum):
-    """What a line means to whoever supervises the server."""
+    """What a line means to whoever supervises the server.
+
+    CLIENT_RECOVERED and CLIENT_EXPIRED are written at log level DEBUG only; the client records tell the same.
+    """
 
     INITIALIZED = "initialized"
     GRACE_STARTED = "grace-started"

@@ -22,14 +22,13 @@ async def answering(handler: Handler) -> AsyncIterator[int]:
         nursery.cancel_scope.cancel()
 
 
-def answer(*bodies: bytes, last: bool = True) -> Handler:
-    """Answers a call with records that begin with its xid."""
+def answer(body: bytes) -> Handler:
+    """Answers a call with a record that begins with its xid."""
 
     async def handler(stream: trio.SocketStream) -> None:
         request = await stream.receive_some()
-        for body in bodies:
-            record = request[4:8] + body
-            await stream.send_all(pack_uint(len(record) | (0x80000000 if last else 0)) + record)
+        record = request[4:8] + body
+        await stream.send_all(pack_uint(len(record) | 0x80000000) + record)
         await stream.receive_some()
 
     return handler
@@ -40,6 +39,21 @@ ACCEPTED = pack_uint(1) + pack_uint(0) + bytes(8) + pack_uint(0)
 
 async def test_a_reply_is_taken() -> None:
     async with answering(answer(ACCEPTED)) as port:
+        await null_call("127.0.0.1", port, 5)
+
+
+async def test_a_reply_in_pieces_after_an_older_one_is_taken() -> None:
+    async def handler(stream: trio.SocketStream) -> None:
+        request = await stream.receive_some()
+        older = b"\0\0\0\0" + ACCEPTED
+        pieces = pack_uint(len(older) | 0x80000000) + older
+        record = request[4:8] + ACCEPTED
+        pieces += b"".join(pack_uint(4 | (0x80000000 * (at == 20))) + record[at : at + 4] for at in range(0, 24, 4))
+        for at in range(0, len(pieces), 7):
+            await stream.send_all(pieces[at : at + 7])
+        await stream.receive_some()
+
+    async with answering(handler) as port:
         await null_call("127.0.0.1", port, 5)
 
 

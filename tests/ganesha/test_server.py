@@ -27,6 +27,7 @@ from ganesha import (
     Nfs4Error,
     ServerConfig,
     StartError,
+    StopError,
     UpdateError,
     export_handle,
     find_leftovers,
@@ -67,6 +68,12 @@ async def test_it_serves_and_stops(make_config: MakeConfig, tmp_path: Path) -> N
     assert not any(alive(pid) for pid in pids)
     with pytest.raises(HealthError):
         await null_call("127.0.0.1", config.port, 2)
+
+
+def waits_in_kernel(pid: int) -> bool:
+    """Whether a thread is in uninterruptible sleep, proc(5)."""
+    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return any(stat.rpartition(")")[2].split()[0] == "D" for stat in stats)
 
 
 @pytest.fixture
@@ -235,6 +242,7 @@ async def test_clients_reclaim_after_any_number_of_restarts(make_config: MakeCon
             grace = await server.grace()
             assert grace.active
             assert grace.ends_at is not None
+            assert (grace.reclaimed, grace.expected) == (0, 1)
             server.kill()
             await server.wait()
     async with run(config, 5) as server, nfs_client(config.port) as client, nfs_client(config.port) as other:
@@ -267,8 +275,8 @@ async def test_records_are_read_and_pruned_as_ganesha_writes_them(
         (record,) = list_records(config.recovery_root)
         printable = name.isascii() and b"/" not in name and name.decode().isprintable()
         assert record.client_id == (name.decode() if printable else "0x" + name.hex())
-        server.kill()
-        await server.wait()
+        await server.stop()  # an orderly stop leaves them, too
+        assert server.returncode == 0
     assert prune_records(config.recovery_root) == [record]
     async with run(config, 2) as server:
         assert not (await server.grace()).active
@@ -443,6 +451,38 @@ async def test_handles_carry_the_uuid_of_a_device_with_a_past(
                 handle = await export_handle("127.0.0.1", config.port, "/vol1", 5)
             assert handle_carries_uuid(handle, fs_uuid)
             assert not handle_carries_uuid(handle, uuid.uuid4())
+
+
+async def test_a_server_that_hangs_on_storage_is_told_from_a_dead_one(
+    make_config: MakeConfig, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ganesha.process.KILL_TIMEOUT", 0.2)
+    mountpoint = tmp_path / "mount"
+    with mounted(tmp_path / "image", mountpoint, uuid.uuid4()):
+        config = make_config(path=mountpoint / "data")
+        async with run(config) as server, nfs_client(config.port) as client, trio.open_nursery() as nursery:
+            await client.set_client_id(b"client")
+            directory = await client.lookup("/vol1")
+            await trio.run_process(["fsfreeze", "--freeze", str(mountpoint)])
+            try:
+
+                async def blocked() -> None:
+                    with pytest.raises(HealthError):
+                        await client.open(directory, "file")
+
+                nursery.start_soon(blocked)
+                await server.null_call()
+                assert not (await server.grace()).active
+                # Which operation it hangs in is seen from outside: the request is in, and the kernel waits.
+                with trio.fail_after(5):
+                    while not waits_in_kernel(server.pid):
+                        await server.null_call()
+                with pytest.raises(StopError, match=str(server.pid)):
+                    await server.stop(0.2)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await trio.run_process(["fsfreeze", "--unfreeze", str(mountpoint)])
+            assert await server.wait() == -signal.SIGKILL
 
 
 async def test_a_server_outlives_its_starter_and_is_found(make_config: MakeConfig, run: Run, tmp_path: Path) -> None:
