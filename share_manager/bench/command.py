@@ -63,7 +63,8 @@ def bench(
     if output == "json":
         print(msgspec.json.encode(found).decode())
     else:
-        print_report(found, Console())
+        # rich takes a pipe for 80 columns wide
+        print_report(found, Console() if sys.stdout.isatty() else Console(width=110))
 
 
 def plan_of(

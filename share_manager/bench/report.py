@@ -156,7 +156,7 @@ def _entry(measured: Measured | None, in_bytes: bool) -> str:
     values = measured.bytes_per_second if in_bytes else measured.per_second
     show = _mebibytes if in_bytes else compact
     ratios = " ".join(f"{value:.2f}" for value in measured.ratios.values())
-    return f"[bold]{show(values.median)}[/bold]  {ratios}\n[dim]{show(values.min)}..{show(values.max)}[/dim]"
+    return f"[bold]{show(values.median)}[/bold] {ratios}\n[dim]{show(values.min)}..{show(values.max)}[/dim]"
 
 
 def _cpu(measured: Sequence[Measured | None]) -> str:
@@ -171,7 +171,9 @@ class _Column:
 
 
 def _table(title: str, columns: Sequence[_Column], rows: dict[str, list[Measured | None]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
+    )
     table.add_column("target", no_wrap=True)
     for column in columns:
         table.add_column(column.title, no_wrap=True)

@@ -79,14 +79,15 @@ def disk() -> Path:
 def test_a_quick_run_measures_and_cleans_up(disk: Path) -> None:
     before, loops = set(disk.iterdir()), loops_below(disk)
     argv = [*BENCH, "--quick", "--seconds=0.2", "--size=128Mi", f"--directory={disk}", "--output=json"]
-    done = subprocess.run([*argv, "--targets=plain,loop,ext4-loop"], capture_output=True, timeout=240)
+    done = subprocess.run([*argv, "--targets=plain,loop,engine-1,ext4-loop"], capture_output=True, timeout=240)
     assert done.returncode == 0, done.stderr.decode()
     found = msgspec.json.decode(done.stdout, type=Report)
-    assert [target.unavailable for target in found.targets] == ["", "", ""]
-    assert {one.target for one in found.cells} == {"plain", "loop"}
+    assert [target.unavailable for target in found.targets] == [""] * 4
+    assert {one.target for one in found.cells} == {"plain", "loop", "engine-1"}
     for one in found.cells:
         assert one.measured.per_second.min > 0
         assert set(one.measured.ratios) == {"plain", "loop"}
+        assert (one.measured.cpu_us is not None) == (one.target == "engine-1")
     assert {one.target for one in found.workloads} == {"ext4-loop"}
     assert set(disk.iterdir()) <= before
     assert loops_below(disk) <= loops
@@ -96,7 +97,7 @@ def test_a_quick_run_measures_and_cleans_up(disk: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_clean(disk: Path, number: signal.Signals) -> None:
     before, loops = set(disk.iterdir()), loops_below(disk)
-    argv = [*BENCH, "--seconds=60", "--size=128Mi", f"--directory={disk}", "--targets=loop,ext4-loop"]
+    argv = [*BENCH, "--seconds=60", "--size=128Mi", f"--directory={disk}", "--targets=loop,engine-2"]
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         try:
             deadline = time.monotonic() + 60

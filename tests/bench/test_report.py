@@ -63,7 +63,7 @@ def test_tables_show_medians_ratios_and_why_a_target_is_missing(tmp_path: Path) 
     print_report(report(plan(tmp_path), outcome()), Console(file=out, width=110))
     text = out.getvalue()
     assert "4 KiB random, depth 1: operations/s" in text
-    assert "25.0  0.25 0.50" in text
+    assert "25.0 0.25 0.50" in text
     assert "24.0..26.0" in text
     assert "13/-" in text or " 13 " in text
     assert "not measured: no [such] thing" in text
