@@ -33,7 +33,7 @@ from engine.controller.stats import Operation
 from engine.errors import EngineError, FencedError, NoReplicaError, RecordConflictError, RecordError
 from engine.record import RecordStore, VolumeRecord
 from engine.wire import messages
-from engine.wire.frame import REPLY, Frame, FrameType, encode_header
+from engine.wire.frame import REPLY, Frame, FrameType, Status, encode_header
 
 log = structlog.get_logger()
 
@@ -48,15 +48,15 @@ class _Pending:
     __slots__ = ("length", "op", "started", "task")
 
     def __init__(self, task: trio.lowlevel.Task, op: int, length: int) -> None:
-        self.task = task
+        self.task: trio.lowlevel.Task | None = task
         self.op = op
         self.length = length
         self.started = time.perf_counter()
 
-
-def _not_cancellable(_: Callable[[], None]) -> trio.lowlevel.Abort:
-    # a request that was sent cannot be taken back
-    return trio.lowlevel.Abort.FAILED
+    def abandon(self, _: Callable[[], None]) -> trio.lowlevel.Abort:
+        # what was sent cannot be taken back, but nobody waits for its answer any more
+        self.task = None
+        return trio.lowlevel.Abort.SUCCEEDED
 
 
 class Controller:
@@ -129,7 +129,7 @@ class Controller:
         pending = _Pending(trio.lowlevel.current_task(), op, length)
         self.core.submit(op, offset, length, payload, pending)
         self._wake()
-        error, data = await trio.lowlevel.wait_task_rescheduled(_not_cancellable)
+        error, data = await trio.lowlevel.wait_task_rescheduled(pending.abandon)
         if error:
             raise OSError(error, os.strerror(error))
         return data  # type: ignore[no-any-return]
@@ -183,7 +183,8 @@ class Controller:
                 now = time.perf_counter()
                 for token, error, data in replies:
                     self._operations[token.op].add(now - token.started, token.length, error)
-                    trio.lowlevel.reschedule(token.task, outcome.Value((error, data)))
+                    if token.task is not None:
+                        trio.lowlevel.reschedule(token.task, outcome.Value((error, data)))
             if core.actions:
                 actions, core.actions = core.actions, []
                 for action in actions:
@@ -270,6 +271,9 @@ class Controller:
             self.core.lost(connection.bit, f"sent a frame of type {kind:#x} that is no answer")
         elif seq & CALL:
             connection.deliver(frame)
+        elif status == Status.STALE_EPOCH:
+            # also unasked: a replica that was opened by a higher epoch says so
+            self._fail(FencedError(self.token, messages.decode_token(payload), f"replica {connection.name}"))
         else:
             self.core.answered(connection.bit, seq, status, payload)
 

@@ -120,7 +120,8 @@ class Pyfuse3Frontend:
     async def serve(self, volume: BlockVolume, fuse_fd: int) -> AsyncIterator[_Session]:
         session = _Session()
         options = {"fsname=share-manager"}
-        pyfuse3.init(_VolumeFile(volume), f"/dev/fd/{fuse_fd}", options)
+        # libfuse closes the descriptor that it is given
+        pyfuse3.init(_VolumeFile(volume), f"/dev/fd/{os.dup(fuse_fd)}", options)
         try:
             async with trio.open_nursery() as nursery:
 

@@ -73,6 +73,7 @@ class Server:
             nursery.start_soon(self._sync_head)
             nursery.start_soon(self._expire)
             await self._stop.wait()
+            trio.lowlevel.notify_closing(listener.sock)
             listener.close()
             if not self.failed:
                 await self._leave()
@@ -106,22 +107,23 @@ class Server:
     # connections
 
     async def _accept(self, listener: Listener, nursery: trio.Nursery) -> None:
-        while not self._stop.is_set():
-            with trio.move_on_after(1):
+        while True:
+            try:
                 await trio.lowlevel.wait_readable(listener.sock)
+            except trio.ClosedResourceError:
+                return
             try:
                 sock, peer = listener.sock.accept()
             except BlockingIOError:
                 continue
             except OSError as error:
-                if listener.sock.fileno() < 0:
-                    return
                 log.warning("cannot accept a connection", reason=error.strerror)
                 await trio.sleep(0.1)
                 continue
             tune(sock)
             strangers = [connection for connection in self._connections if not connection.authenticated]
             if len(strangers) >= MAX_UNAUTHENTICATED:
+                self._connections.pop(strangers[0])
                 strangers[0].close()
             connection = Connection(self, sock, _peer_name(sock, peer))
             self._connections[connection] = None
@@ -332,8 +334,13 @@ class Server:
             connection.refuse_unopened(frame)
         if old is not None and old is not successor:
             log.warning("superseded", peer=old.peer, by=successor.peer)
-            old.send()
-            old.close()
+            if old.token is not None and old.token < self.token:
+                # an engine that lost the volume must hear that, not guess it from a broken connection; it hangs up
+                old.reply(FrameType.OPEN, Status.STALE_EPOCH, 0, payload=self.highest())
+                old.send()
+            else:
+                old.send()
+                old.close()
 
     async def _track(self, connection: Connection, frame: Frame, wanted: messages.Track) -> None:
         async with self._whole():

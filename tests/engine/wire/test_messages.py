@@ -59,6 +59,6 @@ def test_a_proof_is_bound_to_key_role_version_and_both_nonces() -> None:
     handshake.check_proof(given_proof, handshake.proof(*base), "it")
     for i, other in enumerate((b"x" * 32, "replica", 2, b"d" * 32, b"t" * 32)):
         changed = list(base)
-        changed[i] = other  # type: ignore[call-overload]
+        changed[i] = other
         with pytest.raises(AuthenticationError):
             handshake.check_proof(given_proof, handshake.proof(*changed), "it")  # type: ignore[arg-type]
