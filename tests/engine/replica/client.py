@@ -65,7 +65,7 @@ class Client:
         """Send one request and take its reply, whatever its status."""
         seq = await self.send(kind, payload, offset=offset, length=length, seq=seq)
         reply = await self.receive()
-        assert reply[0] == kind | REPLY
+        assert reply[0] == kind | REPLY, reply
         assert reply[2] == seq
         return reply
 

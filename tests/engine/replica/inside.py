@@ -1,0 +1,94 @@
+"""A server inside the test, over real sockets, so that its syncs can be counted, held up and broken."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+
+from engine.address import Address
+from engine.replica import Server, listen
+from engine.store import Store, create_replica
+from tests.engine.replica.client import KEY, UUID
+
+SIZE = 64 << 20
+
+
+class Held:
+    """A call that runs in a worker thread: counted, stopped at `gate`, and failed with `error`."""
+
+    def __init__(self, inner: Callable[[], None]) -> None:
+        self.inner = inner
+        self.started = 0
+        self.finished = 0
+        self.error: OSError | None = None
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __call__(self) -> None:
+        self.started += 1
+        assert self.gate.wait(10)
+        if self.error is not None:
+            raise self.error
+        self.inner()
+        self.finished += 1
+
+
+class Inside:
+    def __init__(self, store: Store, address: str) -> None:
+        self.store = store
+        self.address = address
+        self.server = Server(store, KEY)
+        self.sync = Held(store.sync)
+        store.sync = self.sync  # type: ignore[method-assign]
+        self.map_syncs = 0
+        self.map_gate = threading.Event()
+        self.map_gate.set()
+        begin = store.maps.begin
+
+        def counted() -> object:
+            sync = begin()
+            run = sync.run
+
+            def held() -> None:
+                self.map_syncs += 1
+                assert self.map_gate.wait(10)
+                run()
+
+            sync.run = held  # type: ignore[method-assign]
+            return sync
+
+        store.maps.begin = counted  # type: ignore[method-assign, assignment]
+        self.clean: bool | None = None
+
+
+@asynccontextmanager
+async def inside(base: Path) -> AsyncIterator[Inside]:
+    """Serve `base`/r1, made when it is not there, until the block ends or the server stops itself."""
+    directory = base / "r1"
+    if not directory.exists():
+        create_replica(directory, volume="vol1", uuid=UUID, replica="r1", size=SIZE)
+    store = Store.open(directory)
+    listener = listen(Address.parse(f"unix:{base}/inside.sock"))
+    running = Inside(store, str(listener.address))
+    try:
+        async with trio.open_nursery() as nursery:
+
+            async def serve() -> None:
+                running.clean = await running.server.serve(listener)
+
+            nursery.start_soon(serve)
+            yield running
+            nursery.cancel_scope.cancel()
+    finally:
+        listener.close()
+        store.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(5):
+        while not condition():
+            await trio.sleep(0.002)
