@@ -250,6 +250,64 @@ async def test_a_server_that_does_not_know_the_secret_is_not_a_replica(three: Cl
         assert three.store.read().in_sync == ("r1", "r3")
 
 
+class _Corrupter:
+    """Sits on a replica's address and passes everything on, until it is told to flip a bit of the next large answer."""
+
+    def __init__(self, path: Path, behind: Path) -> None:
+        self.path = path
+        self.behind = behind
+        self.armed = False
+
+    async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        listener = trio.socket.socket(trio.socket.AF_UNIX)
+        await listener.bind(str(self.path))
+        listener.listen()
+        with listener:
+            async with trio.open_nursery() as nursery:
+                task_status.started()
+                while True:
+                    accepted, _ = await listener.accept()
+                    nursery.start_soon(self._pass, trio.SocketStream(accepted))
+
+    async def _pass(self, client: trio.SocketStream) -> None:
+        async with client, await trio.open_unix_socket(self.behind) as replica, trio.open_nursery() as nursery:
+            nursery.start_soon(self._copy, client, replica, False)
+            await self._copy(replica, client, True)
+            nursery.cancel_scope.cancel()
+
+    async def _copy(self, source: trio.SocketStream, target: trio.SocketStream, answers: bool) -> None:
+        try:
+            async for chunk in source:
+                if answers and self.armed and len(chunk) > 2000:
+                    self.armed = False
+                    chunk = chunk[:1000] + bytes([chunk[1000] ^ 4]) + chunk[1001:]
+                await target.send_all(chunk)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return
+
+
+async def test_a_replica_whose_answer_fails_its_checksum_leaves_and_the_read_is_answered_by_another(
+    three: Cluster,
+) -> None:
+    real = three.directory / "r2-real.sock"
+    three.socket("r2").rename(real)
+    corrupter = _Corrupter(three.socket("r2"), real)
+    data = os.urandom(BLOCK)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(corrupter.serve)
+        async with three.attached() as volume:
+            await volume.write(0, data)
+            corrupter.armed = True
+            for _ in range(6):
+                assert await volume.read(0, BLOCK) == data
+            assert not corrupter.armed
+            await until(lambda: "checksum" in volume.core.reason("r2") or "r2" not in in_sync(volume))
+            await until(lambda: in_sync(volume) == set(three.names), what="the return of the replica")
+            # left, was brought up to date, and joined again: three records
+            assert three.store.read().version >= 4
+        nursery.cancel_scope.cancel()
+
+
 async def test_an_attachment_must_hold_the_recorded_epoch(three: Cluster) -> None:
     bump_epoch(three.store)
     from engine.controller.driver import attach
