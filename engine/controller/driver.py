@@ -38,6 +38,7 @@ from engine.wire.frame import REPLY, Frame, FrameType, Status, encode_header
 log = structlog.get_logger()
 
 _TICK = 0.25
+_PROGRESS_EVERY = 2.0
 _BITMAP_PAGE = 1 << 20
 _OPERATIONS = {decide.READ: "read", decide.WRITE: "write", decide.FLUSH: "flush", decide.UNMAP: "unmap"}
 
@@ -279,12 +280,29 @@ class Controller:
 
     async def _tick(self) -> None:
         last = trio.current_time()
+        progress = last + _PROGRESS_EVERY
         while True:
             await trio.sleep(_TICK)
             now = trio.current_time()
             self.core.tick(now - last)
             last = now
             self._drain()
+            if now >= progress:
+                progress = now + _PROGRESS_EVERY
+                self._tell_progress()
+
+    def _tell_progress(self) -> None:
+        for bit, resync in self.core.resyncs.items():
+            if resync.total and resync.copied < resync.total:
+                name, region = self.core.members(bit)[0], self.core.region_size
+                self._publish(
+                    EngineEvent(
+                        event="resync_progress",
+                        replica=name,
+                        done=resync.copied * region,
+                        total=resync.total * region,
+                    )
+                )
 
     async def _write_record(self) -> None:
         """Carries out membership changes, one at a time; a store that is away is asked until it answers."""
