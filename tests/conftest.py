@@ -16,6 +16,7 @@ import pytest
 
 from tests.lab import leftovers
 from tests.lab.guest import Guest
+from tests.lab.mounts import drop
 from tests.lab.network import Lab
 from tests.lab.stalls import Stalls
 
@@ -79,14 +80,14 @@ def lab(progress: Progress) -> Iterator[Lab]:
         pytest.fail(f"system tests need {', '.join(sorted(missing))}")
     for directory in leftovers.abandoned():
         progress(f"lab: removing {directory}, whose session was killed")
-        leftovers.remove(directory)
+        leftovers.remove(directory, leftovers.mark_of(directory))
         shutil.rmtree(directory, ignore_errors=True)
     before = signal.signal(signal.SIGTERM, _interrupt)
     lab = Lab()
     try:
         with lab:
             yield lab
-        left = leftovers.find(lab.directory)
+        left = lab.left()
     finally:
         lab.discard()
         signal.signal(signal.SIGTERM, before)
@@ -130,8 +131,9 @@ def _ready(guest: Guest) -> Iterator[Guest]:
     if not guest.alive:
         guest.start()
     guest.kernel_log()
+    jobs, places = set(guest.jobs), set(guest.mounts)
     yield guest
-    for job in list(guest.jobs):
+    for job in guest.jobs - jobs:
         job.kill()
-    for place in guest.mounts():
-        guest.run("umount", "--force", "--lazy", place, check=False)
+    for place in guest.mounts - places:
+        drop(guest, place)

@@ -52,13 +52,16 @@ class Job(Generic[T]):
         self._outcome: dict[str, Any] | None = None
         self.pid: int = self._receive(time.monotonic() + 30)["pid"]
 
-    def wait_event(self, name: str, timeout: float = 30.0) -> dict[str, Any]:
-        """The first event of that name, waiting for it. Raises GuestError when the job ends without it."""
+    def wait_event(self, name: str, timeout: float = 30.0, after: float = 0.0) -> dict[str, Any]:
+        """The first event of that name, waiting for it. Raises GuestError when the job ends without it.
+
+        With `after`, the first that says that it happened after that time.
+        """
         end = time.monotonic() + timeout
         seen = 0
         while True:
             for event in self.events[seen:]:
-                if event["event"] == name:
+                if event["event"] == name and event.get("time", 0.0) >= after:
                     return event
             seen = len(self.events)
             if self._outcome is not None:
@@ -141,6 +144,7 @@ class Guest:
         self.memory = memory
         self.directory = lab.directory / f"guest-{name}"
         self.jobs: set[Job[Any]] = set()
+        self.mounts: set[str] = set()
         self._process: subprocess.Popen[bytes] | None = None
         self._tap: str | None = None
 
@@ -210,11 +214,6 @@ class Guest:
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    def mounts(self) -> list[str]:
-        """Where the guest has mounted shares."""
-        lines = self.run("cat", "/proc/self/mounts").stdout.splitlines()
-        return [line.split()[1] for line in lines if line.split()[2] in ("nfs", "nfs4")]
-
     def pause(self) -> None:
         """Stop the machine. The main process only: its stopped helpers would crash it."""
         assert self._process is not None
@@ -231,6 +230,7 @@ class Guest:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait(30)
             self._process = None
+        self.mounts.clear()
         for job in list(self.jobs):
             job.close()
 

@@ -1,7 +1,8 @@
 """What a lab may have left on the machine, and how to remove it.
 
-Everything a lab starts carries its directory in the environment (`TOKEN`), lives in that directory, or is a network
-namespace named after it, so what belongs to it can be told from what other people run on the same machine.
+Everything a lab starts carries its directory in the environment (`TOKEN`), lives in that directory, has the lab's
+mark in its name (the volumes), or is a network namespace named after it. So what belongs to it can be told from what
+other people run on the same machine. The parts of a lab, such as a share, have directories and marks of their own.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -18,6 +20,7 @@ from pathlib import Path
 
 TOKEN = "SHARE_MANAGER_LAB"
 PREFIX = "sm-lab-"
+RUNTIME = "/run/share-manager"
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,31 @@ def namespace_of(directory: Path) -> str:
     return directory.name
 
 
-def find(directory: Path) -> list[Leftover]:
-    """Everything that the lab of `directory`, or a part of a lab that lives there, has left."""
-    return [*_processes(directory), *_mounts(directory), *_loops(directory), *_namespaces(directory)]
+def owner_of(directory: Path) -> int:
+    """The process id of the session whose lab lives there."""
+    found = re.match(rf"{PREFIX}(\d+)-", directory.name)
+    if found is None:
+        raise ValueError(f"{directory} is not the directory of a lab")
+    return int(found[1])
 
 
-def remove(directory: Path, deadline: float = 10.0) -> None:
+def mark_of(directory: Path) -> str:
+    """What the names of a lab's volumes end in."""
+    return f"-lab{owner_of(directory)}"
+
+
+def find(directory: Path, mark: str) -> list[Leftover]:
+    """Everything that is left of the lab, or the part of one, with that directory and mark."""
+    return [
+        *_processes(directory),
+        *_mounts(directory, mark),
+        *_loops(directory, mark),
+        *_runtime(mark),
+        *_namespaces(directory),
+    ]
+
+
+def remove(directory: Path, mark: str, deadline: float = 10.0) -> None:
     """Remove it by force: processes, mounts from the top down, loop devices, the namespace."""
     end = time.monotonic() + deadline
     while processes := _processes(directory):
@@ -49,11 +71,13 @@ def remove(directory: Path, deadline: float = 10.0) -> None:
         if time.monotonic() > end:
             break
         time.sleep(0.05)
-    for mount in reversed(_mounts(directory)):
+    for mount in reversed(_mounts(directory, mark)):
         if _quiet("umount", mount.name) != 0:
             _quiet("umount", "--lazy", mount.name)
-    for loop in _loops(directory):
+    for loop in _loops(directory, mark):
         _quiet("losetup", "--detach", loop.name)
+    for run in _runtime(mark):
+        shutil.rmtree(run.name, ignore_errors=True)
     for namespace in _namespaces(directory):
         _quiet("ip", "netns", "delete", namespace.name)
 
@@ -61,8 +85,7 @@ def remove(directory: Path, deadline: float = 10.0) -> None:
 def abandoned() -> Iterator[Path]:
     """Directories of labs whose session is no more: killed before it could clean up."""
     for directory in Path("/tmp").glob(f"{PREFIX}*"):
-        owner = re.match(rf"{PREFIX}(\d+)-", directory.name)
-        if owner is not None and not Path("/proc", owner[1]).exists():
+        if not Path("/proc", str(owner_of(directory))).exists():
             yield directory
 
 
@@ -90,24 +113,32 @@ def _processes(directory: Path) -> list[Leftover]:
     return found
 
 
-def _mounts(directory: Path) -> list[Leftover]:
+def _ours(path: str, directory: Path, mark: str) -> bool:
+    return f"{path}/".startswith(f"{directory}/") or re.search(re.escape(mark) + r"(?!\d)", path) is not None
+
+
+def _mounts(directory: Path, mark: str) -> list[Leftover]:
     found = []
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         fields = line.split()
         tail = fields[fields.index("-") + 1 :]
-        if f"{fields[4]}/".startswith(f"{directory}/"):
+        if _ours(fields[4], directory, mark):
             found.append(Leftover("mount", fields[4], f"{tail[0]} of {tail[1]}"))
     return found
 
 
-def _loops(directory: Path) -> list[Leftover]:
+def _loops(directory: Path, mark: str) -> list[Leftover]:
     found = []
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
         with contextlib.suppress(OSError):
             target = backing.read_text().strip()
-            if target.startswith(f"{directory}/"):
+            if _ours(target, directory, mark):
                 found.append(Leftover("loop device", f"/dev/{backing.parent.parent.name}", f"on {target}"))
     return found
+
+
+def _runtime(mark: str) -> list[Leftover]:
+    return [Leftover("runtime directory", str(path)) for path in Path(RUNTIME).glob(f"*{mark}-*")]
 
 
 def _namespaces(directory: Path) -> list[Leftover]:

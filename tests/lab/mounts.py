@@ -31,11 +31,19 @@ def mount(guest: Guest, export: Export, version: str = "4.2", options: str = "")
     words = f"vers={version},port={export.port},sec=sys,hard,timeo=600,retrans=2,retry=0"
     guest.run("mkdir", "-p", place)
     guest.run("mount", "-t", "nfs", "-o", f"{words},{options}" if options else words, export.source, place)
+    guest.mounts.add(place)
     return place
 
 
 def unmount(guest: Guest, place: str) -> None:
     guest.run("umount", place)
+    guest.mounts.discard(place)
+
+
+def drop(guest: Guest, place: str) -> None:
+    """Unmount by force: after a failure the server may be gone for good."""
+    guest.run("umount", "--force", "--lazy", place, check=False)
+    guest.mounts.discard(place)
 
 
 @contextlib.contextmanager
@@ -44,7 +52,6 @@ def mounted(guest: Guest, export: Export, version: str = "4.2", options: str = "
     try:
         yield place
     except BaseException:
-        # by force: after a failure the server may be gone for good
-        guest.run("umount", "--force", "--lazy", place, check=False)
+        drop(guest, place)
         raise
     unmount(guest, place)

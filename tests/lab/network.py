@@ -33,6 +33,7 @@ class Lab:
     def __init__(self) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix=f"{leftovers.PREFIX}{os.getpid()}-", dir="/tmp"))
         self.namespace = leftovers.namespace_of(self.directory)
+        self.mark = leftovers.mark_of(self.directory)
         self.server = SERVER
         self._taps = 0
         self._fd = -1
@@ -64,8 +65,12 @@ class Lab:
 
     def discard(self) -> None:
         """Remove the lab's directory and whatever is left of it."""
-        leftovers.remove(self.directory)
+        leftovers.remove(self.directory, self.mark)
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def left(self) -> list[leftovers.Leftover]:
+        """What of it is still on the machine."""
+        return leftovers.find(self.directory, self.mark)
 
     def tap(self) -> str:
         """A new tap on the bridge."""

@@ -165,11 +165,11 @@ def test_leftovers_are_found_and_removed(progress: Progress) -> None:
         subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], check=True)
         subprocess.run(["losetup", "--find", image], check=True)
         sleeper = lab.popen(["sleep", "600"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        found = {leftover.kind for leftover in leftovers.find(lab.directory)}
+        found = {leftover.kind for leftover in lab.left()}
         assert found == {"process", "mount", "loop device", "network namespace"}
-        leftovers.remove(lab.directory)
+        leftovers.remove(lab.directory, lab.mark)
         sleeper.wait(10)
-        assert leftovers.find(lab.directory) == []
+        assert lab.left() == []
     lab.discard()
     assert not lab.directory.exists()
 
@@ -179,11 +179,11 @@ def test_two_labs_do_not_meet(lab: Lab) -> None:
     try:
         with other:
             assert other.namespace != lab.namespace
-            assert leftovers.find(other.directory) != []
+            assert other.left() != []
     finally:
         other.discard()
-    assert leftovers.find(other.directory) == []
-    assert leftovers.find(lab.directory) != []
+    assert other.left() == []
+    assert lab.left() != []
 
 
 def test_the_table_of_stalls_and_the_choice_of_a_gap() -> None:

@@ -17,6 +17,7 @@ from tests.lab.workloads import channel
 
 RECORD = 128
 GAP = 0.3
+PROGRESS = 0.5
 MOST_ERRORS = 20
 
 
@@ -45,7 +46,7 @@ def record(tag: str, sequence: int, size: int = RECORD) -> bytes:
 def append(path: str, tag: str = "record", least: int = 10, pause: float = 0.0) -> Outcome:
     """Append until told to stop, at least `least` records. Pauses `pause` seconds after each.
 
-    Emits `running` after the first acknowledged record, `error` at each errno.
+    Emits `running` after the first acknowledged record, `progress` about twice a second, `error` at each errno.
     """
     gaps: list[Gap] = []
     errors: list[dict[str, Any]] = []
@@ -60,7 +61,7 @@ def append(path: str, tag: str = "record", least: int = 10, pause: float = 0.0) 
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     with log.open("w", buffering=1) as acknowledged:
         fcntl.lockf(fd, fcntl.LOCK_EX)
-        started = last = time.time()
+        started = last = told = time.time()
         while (not channel.stopping(pause) or sequence < least) and len(errors) < MOST_ERRORS:
             try:
                 os.pwrite(fd, record(tag, sequence), sequence * RECORD)
@@ -78,6 +79,9 @@ def append(path: str, tag: str = "record", least: int = 10, pause: float = 0.0) 
             sequence += 1
             if sequence == 1:
                 channel.emit("running")
+            if now - told > PROGRESS:
+                channel.emit("progress", time=now, sequence=sequence)
+                told = now
         for operation, action in (("unlock", lambda: fcntl.lockf(fd, fcntl.LOCK_UN)), ("close", lambda: os.close(fd))):
             try:
                 action()
