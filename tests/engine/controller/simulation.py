@@ -542,8 +542,7 @@ def run(rng: Random, steps: int, replicas: int = 3, partitions: bool = True) -> 
             world.quiesce(current)
             if not current.dead:
                 break
-        if current is not None:
-            world.judge.crashed()
+        world.judge.crashed()
         world.cut.clear()
         current = world.attach()
         assert current is not None
