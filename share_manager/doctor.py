@@ -15,8 +15,8 @@ import msgspec
 
 from share_manager.errors import PACKAGES, MissingProgramError
 from share_manager.share.commands import environment, find_program
+from share_manager.share.procfs import CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN, CAP_SYS_RESOURCE, holds_capability
 
-CAP_SYS_ADMIN, CAP_SYS_RESOURCE, CAP_DAC_READ_SEARCH = 21, 24, 2
 LEAST_FREE = 1 << 30
 _PROGRAM_PACKAGES = {
     "ganesha.nfsd": "needed to export volumes",
@@ -65,23 +65,20 @@ def check_root() -> Check:
     return failed("root", f"running as user {os.geteuid()}", "run it with sudo")
 
 
-def effective_capabilities(status: str) -> int:
-    for line in status.splitlines():
-        if line.startswith("CapEff:"):
-            return int(line.split()[1], 16)
-    return 0
-
-
 def check_capabilities() -> list[Check]:
-    held = effective_capabilities(Path("/proc/self/status").read_text())
     wanted = (
         (CAP_SYS_ADMIN, "CAP_SYS_ADMIN", "mounts and loop devices", failed),
         (CAP_DAC_READ_SEARCH, "CAP_DAC_READ_SEARCH", "ganesha opens files by their handles", failed),
-        (CAP_SYS_RESOURCE, "CAP_SYS_RESOURCE", "the engine keeps out of memory reclaim", warning),
+        (
+            CAP_SYS_RESOURCE,
+            "CAP_SYS_RESOURCE",
+            "growing without a full check, and the engine under memory pressure",
+            warning,
+        ),
     )
     return [
         passed(name, why)
-        if held >> number & 1
+        if holds_capability(number)
         else make(name, f"missing: {why}", "run as root, in a container with `privileged: true`")
         for number, name, why, make in wanted
     ]

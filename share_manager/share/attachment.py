@@ -30,7 +30,7 @@ from share_manager.share.background import background
 from share_manager.share.child import Child, start_child
 from share_manager.share.loop import attach_loop, detach_loop
 from share_manager.share.state import StateFile
-from share_manager.share.supervise import EngineExit
+from share_manager.share.supervise import Decision, EngineExit, Observed, Policy, decide
 
 ENGINE_START_TIMEOUT = 60.0
 ENGINE_STOP_TIMEOUT = 20.0
@@ -81,7 +81,7 @@ class Attachment:
 
 @contextlib.asynccontextmanager
 async def attach(
-    paths: VolumePaths, report: Reporter, state: StateFile, *, with_loop: bool = True
+    paths: VolumePaths, report: Reporter, state: StateFile, policy: Policy, *, with_loop: bool = True
 ) -> AsyncIterator[Attachment]:
     """Claim the next epoch and attach.
 
@@ -97,7 +97,7 @@ async def attach(
             tasks.start_soon(engine.follow_output)
             await _wait_ready(attachment)
             tasks.start_soon(_watch_exit, attachment)
-            tasks.start_soon(_follow_status, attachment)
+            tasks.start_soon(_follow_status, attachment, policy)
             tasks.start_soon(_forward_events, attachment, report)
             with attachment._body:
                 if with_loop:
@@ -179,13 +179,16 @@ async def _watch_exit(attachment: Attachment) -> None:
         attachment.break_off(str(attachment.failure()))
 
 
-async def _follow_status(attachment: Attachment) -> None:
+async def _follow_status(attachment: Attachment, policy: Policy) -> None:
+    """Also while leaving, which an engine that hangs would stop."""
     while True:
-        try:
+        with contextlib.suppress(EngineUnreachableError):
             attachment.status = await attachment.client.status()
             attachment.last_answer = trio.current_time()
-        except EngineUnreachableError:
-            pass
+        silence = trio.current_time() - attachment.last_answer
+        decision, reason = decide(Observed(engine_silent_for=silence), policy)
+        if decision is Decision.REATTACH:
+            attachment.break_off(reason)
         await trio.sleep(_STATUS_INTERVAL)
 
 

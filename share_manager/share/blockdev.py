@@ -28,7 +28,7 @@ from share_manager.share.daemon import (
 from share_manager.share.replicas import ReplicaServer, run_replicas
 from share_manager.share.state import StateFile
 from share_manager.share.status import ProcessInfo, Restarts, ShareStatus, engine_info
-from share_manager.share.supervise import EngineExit
+from share_manager.share.supervise import EngineExit, Policy
 from share_manager.volumes import volume_lock
 
 
@@ -74,7 +74,7 @@ class BlockFile:
         self.state = "stopping"
 
     async def _hold(self, state: StateFile) -> None:
-        async with attach(self.paths, self.report, state, with_loop=False) as attachment:
+        async with attach(self.paths, self.report, state, Policy(), with_loop=False) as attachment:
             self.attachment = attachment
             self.record = attachment.record
             self.state = "running"

@@ -25,6 +25,7 @@ from ganesha import DbusError, GaneshaError, RecoveryError
 from share_manager import units
 from share_manager.errors import (
     AddressError,
+    DiskError,
     FencedOffError,
     GaveUpError,
     NoReplicaAvailableError,
@@ -43,7 +44,7 @@ from share_manager.share.commands import find_program
 from share_manager.share.control import control_socket
 from share_manager.share.export import Exporter, ExportOptions, server_config
 from share_manager.share.filesystem import FilesystemOptions, Mounted, mounted
-from share_manager.share.private import PrivateRoom, private_room
+from share_manager.share.private import PrivateRoom, image_size, private_room
 from share_manager.share.replicas import ReplicaServer, run_replicas
 from share_manager.share.state import RunState, StateFile
 from share_manager.share.status import (
@@ -73,6 +74,8 @@ SERVE_PROGRAMS = (
     "dbus-daemon",
 )
 DEFAULT_SIZE = 10 << 30
+_EMPTY_FILESYSTEM = 8 << 20
+_FULL = 4 << 20
 DEFAULT_REPLICAS = 3
 
 
@@ -179,6 +182,19 @@ def open_or_create(paths: VolumePaths, options: VolumeOptions, report: Reporter)
     return record, True
 
 
+def free_bytes(directory: Path) -> int:
+    found = os.statvfs(directory)
+    return found.f_bavail * found.f_frsize
+
+
+def is_full(directory: Path) -> bool:
+    return free_bytes(directory) < _FULL
+
+
+def disk_full(directory: Path) -> DiskError:
+    return DiskError(directory, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+
 def undo_creation(paths: VolumePaths) -> None:
     """For a volume whose very first start failed: nobody has written to it."""
     with contextlib.suppress(ShareManagerError):
@@ -225,14 +241,26 @@ class Share:
                 check_port(self.options.export.bind, self.options.export.port)
                 if self.options.metrics_port:
                     check_port(self.options.export.bind, self.options.metrics_port, "--metrics-port")
+                if not self.paths.directory.exists():
+                    self._check_space()
                 self.record, made = open_or_create(self.paths, self.options.volume, self.report)
                 try:
                     await self._run(beside)
-                except BaseException:
+                except BaseException as caught:
                     if made and not self._was_ready:
+                        full = is_full(self.paths.data_dir)
                         undo_creation(self.paths)
+                        if full and not isinstance(caught, trio.Cancelled):
+                            raise disk_full(self.paths.data_dir) from caught
                     raise
             self.report.emit("stopped", "stopped", volume=self.paths.volume)
+
+    def _check_space(self) -> None:
+        """Raises DiskError when a new volume does not even have room for its empty filesystem."""
+        volume = self.options.volume
+        need = image_size(volume.size or DEFAULT_SIZE) + _EMPTY_FILESYSTEM
+        if free_bytes(self.paths.data_dir) < need * (volume.replicas or DEFAULT_REPLICAS):
+            raise disk_full(self.paths.data_dir)
 
     async def _run(self, beside: Callable[[Share], Awaitable[None]] | None) -> None:
         assert self.record is not None
@@ -288,7 +316,7 @@ class Share:
             # what was asked for once is not forced on what a client has changed since
             fs_options = msgspec.structs.replace(fs_options, root_owner=None, root_mode=None)
         try:
-            async with attach(self.paths, self.report, state) as attachment:
+            async with attach(self.paths, self.report, state, self.options.policy) as attachment:
                 self.attachment = attachment
                 self.record = attachment.record
                 self.report.emit(

@@ -223,12 +223,7 @@ class Exporter:
                     # writes wait for the record store: a server that waits with them is not hung
                     misses = 0
                 fault = mounted.fault() or room.fault()
-                observed = Observed(
-                    engine_silent_for=trio.current_time() - attachment.last_answer,
-                    filesystem_fault=fault,
-                    ganesha_exit=server.returncode,
-                    missed_calls=misses,
-                )
+                observed = Observed(filesystem_fault=fault, ganesha_exit=server.returncode, missed_calls=misses)
                 decision, reason = decide(observed, policy)
                 if decision is not Decision.NOTHING:
                     nursery.cancel_scope.cancel()

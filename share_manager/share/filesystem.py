@@ -23,7 +23,7 @@ from engine.durable import replace_file, sync_directory
 from share_manager.errors import CommandError, FilesystemError, ForeignContentError, TimeoutProblem
 from share_manager.events import Reporter
 from share_manager.share.commands import run
-from share_manager.share.procfs import mount_at
+from share_manager.share.procfs import CAP_SYS_RESOURCE, holds_capability, mount_at
 
 Kind = Literal["ext4", "xfs"]
 PROBED = 4 << 20
@@ -35,6 +35,7 @@ DATA = "data"
 PRIVATE = ".share-manager"
 PRIVATE_IMAGE = ".share-manager.img"
 UNMOUNT_TIMEOUT = 60.0
+BUSY_TIMEOUT = 5.0
 
 
 class FilesystemOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -227,6 +228,9 @@ def mount_options(kind: Kind, dirsync: bool) -> str:
         options.append("dirsync")
     if kind == "ext4":
         options += ["errors=remount-ro", "noinit_itable"]
+    else:
+        # an earlier attachment that some other mount namespace still holds has the same UUID, and does no harm
+        options.append("nouuid")
     return ",".join(options)
 
 
@@ -243,28 +247,42 @@ async def mount(device: str, kind: Kind, target: Path, options: str) -> None:
         raise FilesystemError(device, f"it cannot be mounted: {lines[0] if lines else error}{remedy}") from error
 
 
-async def unmount(target: Path, timeout: float = UNMOUNT_TIMEOUT) -> None:
-    """Does nothing when nothing is mounted. Raises CommandError (in use), TimeoutProblem."""
-    with trio.move_on_after(timeout / 2):
-        while True:
-            if mount_at(target) is None:
-                return
-            try:
-                await run("umount", "--no-canonicalize", str(target), timeout=timeout)
-            except CommandError as error:
-                if "busy" not in error.output:
-                    raise
-                await trio.sleep(0.1)
-    if mount_at(target) is not None:
-        await run("umount", "--no-canonicalize", str(target), timeout=timeout)
+async def unmount(target: Path, *, busy_for: float = BUSY_TIMEOUT, timeout: float = UNMOUNT_TIMEOUT) -> None:
+    """Does nothing when nothing is mounted. Raises CommandError (in use for `busy_for` seconds), TimeoutProblem (it
+    hangs)."""
+    deadline = trio.current_time() + busy_for
+    while mount_at(target) is not None:
+        try:
+            await run("umount", "--no-canonicalize", str(target), timeout=timeout)
+        except CommandError as error:
+            if "busy" not in error.output or trio.current_time() > deadline:
+                raise
+            await trio.sleep(0.1)
+
+
+def is_smaller(device: str) -> bool:
+    """Whether an ext4 leaves room on its device. A tail that is too short for a block group stays unused, so equality
+    cannot be asked for."""
+    return device_size(device) - ext4_bytes(ext4_superblock(device)) >= 1 << 20
+
+
+async def grow_unmounted(device: str) -> bool:
+    """Grow an ext4 where growing it mounted is not allowed (that needs CAP_SYS_RESOURCE, this needs a full check).
+
+    Whether it has grown. Raises CommandError.
+    """
+    if not is_smaller(device) or holds_capability(CAP_SYS_RESOURCE):
+        return False
+    await run("e2fsck", "-f", "-p", device, ok=(0, 1, 2), timeout=6 * 3600)
+    await run("resize2fs", device, timeout=3600)
+    return True
 
 
 async def grow(device: str, kind: Kind, target: Path) -> bool:
     """Grow the mounted filesystem to its device; whether it was smaller. Raises CommandError."""
     before = os.statvfs(target)
     if kind == "ext4":
-        # resize2fs leaves a tail shorter than a group's minimum unused, so equality cannot be asked for
-        if device_size(device) - ext4_bytes(ext4_superblock(device)) < 1 << 20:
+        if not is_smaller(device):
             return False
         await run("resize2fs", device, timeout=3600)
     else:
@@ -331,18 +349,17 @@ def error_count(device: str) -> int:
 async def leave(target: Path, report: Reporter, give_up: Callable[[str], None]) -> None:
     """Unmount, whatever it takes: first as asked, then with hanging requests failed, at last lazily."""
     try:
+        if mount_at(target) is not None:
+            # another mount namespace may keep a copy of the mount, and then unmounting ours writes nothing
+            await run("sync", "--file-system", str(target), ok=(0, 1), timeout=UNMOUNT_TIMEOUT)
         await unmount(target)
         return
     except TimeoutProblem as error:
         give_up(str(error))
     except CommandError as error:
         report.warn("unmount_failed", f"{target} is in use: {error}", mountpoint=str(target))
-        with trio.move_on_after(UNMOUNT_TIMEOUT):
-            # what is mounted elsewhere or has an open file keeps its data only if it is on the device now
-            with contextlib.suppress(CommandError, TimeoutProblem):
-                await run("sync", "--file-system", str(target), timeout=UNMOUNT_TIMEOUT)
     try:
-        await unmount(target, timeout=5)
+        await unmount(target, busy_for=1.0, timeout=5.0)
     except (CommandError, TimeoutProblem):
         with contextlib.suppress(CommandError, TimeoutProblem):
             await run("umount", "--no-canonicalize", "--lazy", str(target), timeout=10)
@@ -390,10 +407,11 @@ async def mounted(
         if checked.needed:
             how = "checked and repaired" if checked.repaired else "journal replayed"
             report.emit("checked", f"{kind} was not cleanly unmounted: {how}", fs=kind, repaired=checked.repaired)
+    grown = kind == "ext4" and not made and await grow_unmounted(device)
     try:
         await mount(device, kind, target, mount_options(kind, options.dirsync))
         report.emit("mounted", f"mounted at {target}", mountpoint=str(target), fs=kind)
-        if not made and await grow(device, kind, target):
+        if grown or (not made and await grow(device, kind, target)):
             report.emit("grown", f"{kind} has grown to the volume's size", fs=kind, size_bytes=device_size(device))
         lay_out(target, options)
         yield Mounted(target, device, kind, fs_uuid)

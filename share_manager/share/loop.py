@@ -13,6 +13,7 @@ from share_manager.share.procfs import loop_backing
 
 BLOCK = 4096
 _ATTEMPTS = 8
+DETACH_TIMEOUT = 3.0
 
 
 async def attach_loop(file: Path, before: Callable[[str], None] = lambda device: None) -> str:
@@ -40,7 +41,7 @@ async def attach_loop(file: Path, before: Callable[[str], None] = lambda device:
     raise AssertionError("unreachable")
 
 
-async def detach_loop(device: str, timeout: float = 10.0) -> None:
+async def detach_loop(device: str, timeout: float = DETACH_TIMEOUT) -> None:
     """Detach and wait until the file is released. Does nothing for a free device. Raises TimeoutProblem."""
     backing = loop_backing(device)
     if backing is None:
@@ -48,7 +49,7 @@ async def detach_loop(device: str, timeout: float = 10.0) -> None:
     with trio.move_on_after(timeout):
         while loop_backing(device) == backing:
             # status 1: it was free already, or a last user keeps it for a moment (losetup then clears it lazily)
-            await run("losetup", "--detach", device, ok=(0, 1), timeout=timeout)
+            await run("losetup", "--detach", device, ok=(0, 1), timeout=30)
             if loop_backing(device) != backing:
                 return
             await trio.sleep(0.02)

@@ -57,6 +57,21 @@ def processes_naming(directory: Path) -> dict[int, list[str]]:
     return found
 
 
+CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN, CAP_SYS_RESOURCE = 2, 21, 24
+
+
+def effective_capabilities(status: str) -> int:
+    """The mask in the text of /proc/PID/status."""
+    for line in status.splitlines():
+        if line.startswith("CapEff:"):
+            return int(line.split()[1], 16)
+    return 0
+
+
+def holds_capability(number: int) -> bool:
+    return bool(effective_capabilities(Path("/proc/self/status").read_text()) >> number & 1)
+
+
 @dataclass(frozen=True)
 class Mount:
     """One line of /proc/self/mountinfo (proc(5)). `options` holds the mount's and the filesystem's."""

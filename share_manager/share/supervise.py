@@ -36,7 +36,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     hung ganesha; `engine_silence` seconds without an answer of the engine's supervisor socket a hung engine."""
 
     null_interval: float = 2.0
-    null_timeout: float = 5.0
+    null_timeout: float = 3.0
     null_misses: int = 3
     engine_silence: float = 30.0
     stable_after: float = 60.0
