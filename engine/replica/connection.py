@@ -16,7 +16,17 @@ from google_crc32c import value as crc32c
 
 from engine.errors import AuthenticationError, ProtocolError, VersionError
 from engine.wire import messages
-from engine.wire.frame import REPLY, Buffer, Frame, FrameReader, FrameType, Status, encode_header
+from engine.wire.frame import (
+    HEADER_SIZE,
+    MAX_PAYLOAD,
+    REPLY,
+    Buffer,
+    Frame,
+    FrameReader,
+    FrameType,
+    Status,
+    encode_header,
+)
 from engine.wire.handshake import NONCE_SIZE, check_proof, choose_version, new_nonce, proof
 
 if TYPE_CHECKING:
@@ -51,7 +61,7 @@ class Connection:
         self.read_scope = trio.CancelScope()
         self._scope = trio.CancelScope()
         self._sock = sock
-        self._reader = FrameReader()
+        self._reader = FrameReader(HEADER_SIZE + MAX_PAYLOAD)
         self._out: list[Buffer] = []
         self._unsent = 0
         self._draining: trio.Event | None = None
@@ -142,6 +152,8 @@ class Connection:
             self.reply(AUTH, Status.UNAUTHENTICATED, seq)
             raise
         self.authenticated = True
+        if not self._reader.partial:
+            self._reader = FrameReader()  # its room is for peers that have proven something
         answer = messages.AuthReply(
             proof=proof(key, "replica", version, hello.nonce, nonce),
             replica=self.server.store.identity.replica,

@@ -11,7 +11,8 @@ from pathlib import Path
 from engine.address import Address
 from engine.errors import EngineError
 
-BACKLOG = 64
+# a non-blocking connect to a unix socket whose backlog is full fails at once (EAGAIN, unix(7)): strangers could do that
+BACKLOG = 1024
 SOCKET_BUFFER = 4 << 20
 
 

@@ -352,7 +352,7 @@ class Server:
             except OSError as error:
                 self._fail_parked(f"cannot write a region map: {error}")
                 raise
-            self.store.maps.finish_track()
+            self.store.maps.finish_track(change)
         connection.reply(frame[0], 0, frame[2])
 
     async def _state(self, connection: Connection, frame: Frame, wanted: messages.State) -> None:

@@ -206,6 +206,9 @@ class RegionMaps:
         try:
             for name, file in sorted(list_changes(directory).items()):
                 self._tracked[name] = self._open(file)
+            # a bit that a killed process left in the page cache is there to be read, but not on disk yet
+            for map_file in (self._intent, *self._tracked.values()):
+                os.fdatasync(map_file.fd)
             self.regions = Regions(self.count, set_bits(self._intent.bits))
         except BaseException:
             self.close()
@@ -301,19 +304,21 @@ class RegionMaps:
                 os.close(file.fd)
             raise
         dropped = sorted(self._tracked.keys() - wanted)
-        self._closing += [self._tracked.pop(name).fd for name in dropped]
         self._tracked |= added
         self._syncs += 1
         return TrackSync(self.directory, {name: file.fd for name, file in added.items()}, dropped)
 
-    def finish_track(self) -> None:
-        """`TrackSync.run` succeeded."""
+    def finish_track(self, change: TrackSync) -> None:
+        """`change.run` succeeded."""
+        # not before: a map that a crash leaves behind must be whole
+        self._closing += [self._tracked.pop(name).fd for name in change.dropped]
         self._release()
 
     def track(self, names: Iterable[str]) -> None:
         """`begin_track`, `run` and `finish_track` in one. Raises StoreError, OSError."""
-        self.begin_track(names).run()
-        self.finish_track()
+        change = self.begin_track(names)
+        change.run()
+        self.finish_track(change)
 
     def bitmap(self, name: str) -> bytes:
         """The bits of a tracked replica's map, or with "" the intent map. Raises KeyError."""

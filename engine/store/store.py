@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import msgspec
 
+from engine.durable import sync_directory
 from engine.errors import FormatError, OutOfRangeError, StoreError
 from engine.store.chain import BLOCK, Chain
 from engine.store.layout import (
@@ -47,6 +48,8 @@ class Store:
         self._files: list[int] = []
         try:
             with store_errors(directory, "open the replica"):
+                # what a killed process renamed is seen here, but must be on disk before anybody relies on it
+                sync_directory(directory)
                 for leftover in directory.glob(".*.tmp"):
                     leftover.unlink()
                 self.chain = read_chain(directory, meta.head)

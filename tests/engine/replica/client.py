@@ -10,7 +10,7 @@ import trio
 
 from engine.errors import ProtocolError
 from engine.wire import messages
-from engine.wire.frame import REPLY, Frame, FrameReader, FrameType, encode_frame
+from engine.wire.frame import HEADER_SIZE, MAX_PAYLOAD, REPLY, Frame, FrameReader, FrameType, encode_frame
 from engine.wire.handshake import check_proof, new_nonce, proof
 
 KEY = b"k" * 32
@@ -27,7 +27,7 @@ class Client:
         self.seq = 0
         self.replica = ""
         self.instance = ""
-        self._reader = FrameReader()
+        self._reader = FrameReader(HEADER_SIZE + MAX_PAYLOAD)
         self._frames: list[Frame] = []
 
     async def receive(self) -> Frame:

@@ -136,7 +136,7 @@ class Machine(RuleBasedStateMachine):
     def finish_track(self) -> None:
         assert self.tracking is not None
         self.tracking.run()
-        self.maps.finish_track()
+        self.maps.finish_track(self.tracking)
         self.tracking = None
         self.must_track |= self.owed
         assert self.maps.tracked == tuple(sorted(self.wanted))
