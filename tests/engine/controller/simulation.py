@@ -36,6 +36,7 @@ class SimReplica:
         self.data = bytearray(SIZE)
         self.intent: set[int] = set()
         self.last_seq: dict[int, int] = {}
+        self.inherited: set[int] = set()
         self.tracked: dict[str, set[int]] = {}
         # every value a block ever had here
         self.seen: list[set[int]] = [{0} for _ in range(SIZE)]
@@ -50,6 +51,7 @@ class SimReplica:
         self.token = token
         # sequence numbers belong to one connection: what is set already is inherited from here on
         self.last_seq.clear()
+        self.inherited = set(self.intent)
         return True
 
     def _touch(self, seq: int, offset: int, length: int) -> None:
@@ -73,9 +75,11 @@ class SimReplica:
         elif op == decide.FLUSH:
             self.durable[:] = self.data
         elif op == decide.SETTLED:
-            for region in list(self.intent):
-                last = self.last_seq.get(region)
-                if (last is None and length) or (last is not None and last < offset):
+            if length:
+                self.inherited.clear()
+            for region in self.intent - self.inherited:
+                # a write into an inherited region settles that write, not what the last life left there
+                if self.last_seq.get(region, -1) < offset:
                     self.intent.discard(region)
                     self.last_seq.pop(region, None)
         elif op == decide.TRACK:
