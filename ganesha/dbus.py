@@ -9,11 +9,15 @@ import trio
 from jeepney import (  # type: ignore[import-untyped]
     DBusAddress,
     DBusErrorResponse,
+    HeaderFields,
+    Message,
     MessageFlag,
     MessageType,
+    message_bus,
     new_method_call,
 )
-from jeepney.io.trio import open_dbus_connection  # type: ignore[import-untyped]
+from jeepney.auth import BEGIN, AuthenticationError, Authenticator  # type: ignore[import-untyped]
+from jeepney.io.trio import DBusConnection  # type: ignore[import-untyped]
 from jeepney.wrappers import unwrap_msg  # type: ignore[import-untyped]
 
 from ganesha.errors import DbusError, UpdateError
@@ -93,7 +97,7 @@ class Control:
     """Calls to a running ganesha. Each makes a connection of its own (about 1 ms), so a broken bus harms one call."""
 
     def __init__(self, socket: Path) -> None:
-        self._bus = bus_address(socket)
+        self._socket = str(socket)
 
     async def name_owned(self, *, timeout: float = TIMEOUT) -> bool:
         """Whether ganesha has connected to the bus. Raises DbusError."""
@@ -170,21 +174,38 @@ class Control:
         message.header.flags |= MessageFlag.no_auto_start
         with trio.move_on_after(timeout):
             try:
-                connection = await open_dbus_connection(self._bus)
-                async with connection:
-                    serial = next(connection.outgoing_serial)
-                    await connection.send(message, serial=serial)
-                    while True:
-                        reply = await connection.receive()
-                        kind = reply.header.message_type
-                        answers = kind in (MessageType.method_return, MessageType.error)
-                        if answers and reply.header.fields.get(5) == serial:
-                            return tuple(unwrap_msg(reply))
+                async with await trio.open_unix_socket(self._socket) as stream:
+                    await _authenticate(stream)
+                    connection = DBusConnection(stream.socket)
+                    await _exchange(connection, message_bus.Hello())
+                    return await _exchange(connection, message)
             except DBusErrorResponse as error:
                 raise _RefusedError(f"{error.name}: {_text(error.data)}") from error
-            except (OSError, trio.BrokenResourceError, trio.EndOfChannel, ValueError) as error:
+            except (OSError, trio.BrokenResourceError, trio.EndOfChannel, AuthenticationError) as error:
                 raise DbusError(f"ganesha's message bus is unreachable ({method}): {error}") from error
         raise DbusError(f"ganesha did not answer {method} within {timeout:g} s")
+
+
+# jeepney's own open_dbus_connection leaks its socket when it fails, and spins when the bus hangs up on it.
+async def _authenticate(stream: trio.SocketStream) -> None:
+    authenticator = Authenticator()
+    for line in authenticator:
+        await stream.send_all(line)
+        answer = await stream.receive_some()
+        if not answer:
+            raise trio.EndOfChannel("closed during authentication")
+        authenticator.feed(answer)
+    await stream.send_all(BEGIN)
+
+
+async def _exchange(connection: DBusConnection, message: Message) -> tuple[Any, ...]:
+    serial = next(connection.outgoing_serial)
+    await connection.send(message, serial=serial)
+    while True:
+        reply = await connection.receive()
+        answers = reply.header.message_type in (MessageType.method_return, MessageType.error)
+        if answers and reply.header.fields.get(HeaderFields.reply_serial) == serial:
+            return tuple(unwrap_msg(reply))
 
 
 class _RefusedError(DbusError):

@@ -7,8 +7,8 @@ from pathlib import Path
 import msgspec
 import trio
 
+from ganesha.children import KILL_TIMEOUT
 from ganesha.errors import StopError
-from ganesha.process import KILL_TIMEOUT
 
 
 class Leftover(msgspec.Struct, frozen=True, kw_only=True):

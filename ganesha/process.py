@@ -1,33 +1,28 @@
 """One ganesha with its private message bus, as children of this process."""
 
 import os
-import shutil
-import signal
 import socket
-import subprocess
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import trio
 
 from ganesha import logs
+from ganesha.children import end, find_program, run_bus, spawn
 from ganesha.config import Export, ServerConfig
 from ganesha.dbus import BUS_CONFIG, Control, NfsClient, ServerStats, bus_address, plain_address
-from ganesha.errors import ConfigError, DbusError, HealthError, MissingProgramError, StartError, StopError, UpdateError
+from ganesha.errors import ConfigError, DbusError, HealthError, StartError, UpdateError
 from ganesha.health import null_call
 from ganesha.logs import EventKind, LogEvent, LogTail
 from ganesha.recovery import ClientRecord, consolidate, list_records, make_durable
 from ganesha.render import render
 
 STOP_TIMEOUT = 10.0
-KILL_TIMEOUT = 10.0
 _EVENTS = 1000
 _POLL = 0.1
-_BUS_START = 10.0
 _SOCKET_PATH_MAX = 107  # unix(7): sun_path holds 108 bytes with its NUL
 _NULL_TIMEOUT = 2.0
 _RECORDS_TIMEOUT = 2.0
@@ -153,7 +148,7 @@ class Ganesha:
 
         Raises StopError when not even SIGKILL ends it in time, because it hangs on I/O.
         """
-        await _end(self._process, timeout)
+        await end(self._process, timeout)
 
     async def null_call(self, timeout: float = _NULL_TIMEOUT) -> None:
         """Raises HealthError when the server does not answer within `timeout` seconds."""
@@ -214,7 +209,10 @@ class Ganesha:
                 if old is not None and old.path != export.path:
                     raise ConfigError(f"export {export.export_id} is {old.path}; another path needs another export id")
             config = msgspec.structs.replace(self._config, exports=tuple(exports))
-            path = write_config(config, self._run_dir)
+            try:
+                path = write_config(config, self._run_dir)
+            except OSError as error:
+                raise UpdateError(f"cannot write the configuration: {error.strerror}") from error
             self._config = config
             present = await self._control.export_ids()
             wanted = {export.export_id for export in exports}
@@ -234,7 +232,11 @@ class Ganesha:
             await trio.sleep(_POLL)
 
     def _read_log(self) -> None:
-        for event in self._tail.read():
+        try:
+            events = self._tail.read()
+        except OSError:  # a full or failing disk must not end the server
+            return
+        for event in events:
             if not self._initialized:
                 self._start_log.append(event)
             if event.kind is EventKind.INITIALIZED:
@@ -285,9 +287,10 @@ async def run_ganesha(
     """
     if not 0 < epoch < 2**32:
         raise ConfigError(f"the epoch must be 1 to {2**32 - 1}, not {epoch}")
-    ganesha_program = _program("ganesha.nfsd", "nfs-ganesha")
-    _program("dbus-daemon", "dbus-daemon")
+    ganesha_program = find_program("ganesha.nfsd", "nfs-ganesha")
+    find_program("dbus-daemon", "dbus-daemon")
     path = _prepare(config, run_dir)
+    # In a thread that may be left behind, since the volume may hang.
     await trio.to_thread.run_sync(_prepare_records, config.recovery_root, abandon_on_cancel=True)
     command = [ganesha_program, "-F", "-E", str(epoch), "-f", str(path), "-L", str(log_path(run_dir))]
     command += ["-p", str(run_dir / "ganesha.pid")]
@@ -295,8 +298,8 @@ async def run_ganesha(
     # With the host's blkid cache ganesha would take the UUID that the device, such as /dev/loop0, had under its last
     # owner (measured), and handles would not survive a failover.
     environment = {"DBUS_SYSTEM_BUS_ADDRESS": bus_address(bus_socket), "BLKID_FILE": str(run_dir / "blkid.tab")}
-    async with _run_bus(run_dir) as bus:
-        process = await _spawn(command, log_path(run_dir), environment, keep_fds)
+    async with run_bus(run_dir) as bus:
+        process = await spawn(command, log_path(run_dir), environment, keep_fds)
         ganesha = Ganesha(config, run_dir, process, bus, Control(bus_socket))
         try:
             with _unwrapped():
@@ -338,8 +341,7 @@ def _prepare_records(recovery_root: Path) -> None:
 
 
 def _prepare(config: ServerConfig, run_dir: Path) -> Path:
-    text = bytes(run_dir / "bus.sock")
-    if len(text) > _SOCKET_PATH_MAX:
+    if len(bytes(run_dir / "bus.sock")) > _SOCKET_PATH_MAX:
         raise ConfigError(f"the run directory's path is too long for a socket: {run_dir}")
     try:
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -352,75 +354,6 @@ def _prepare(config: ServerConfig, run_dir: Path) -> Path:
         return write_config(config, run_dir)
     except OSError as error:
         raise StartError(f"cannot prepare {run_dir}: {error.strerror}") from error
-
-
-@asynccontextmanager
-async def _run_bus(run_dir: Path) -> AsyncIterator[trio.Process]:
-    log = run_dir / "bus.log"
-    command = [_program("dbus-daemon", "dbus-daemon"), "--nofork", "--nopidfile", "--print-address=1"]
-    command += [f"--config-file={run_dir / 'bus.conf'}"]
-    process = await _spawn(command, log, {}, (), stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    try:
-        address = bytearray()
-        with trio.move_on_after(_BUS_START):
-            while not address.endswith(b"\n") and (data := await process.stdout.receive_some()):
-                address += data
-        await process.stdout.aclose()
-        if not address.endswith(b"\n"):
-            lines = [event.message for event in LogTail(log).read()]
-            raise StartError(f"its message bus failed: {lines[-1] if lines else 'no answer'}", log=log)
-        yield process
-    finally:
-        with trio.CancelScope(shield=True):
-            await _end(process, 2.0)
-
-
-async def _spawn(
-    command: Sequence[str],
-    log: Path,
-    environment: Mapping[str, str],
-    keep_fds: Sequence[int],
-    **options: Any,
-) -> trio.Process:
-    # A session of its own: a terminal's Ctrl-C must not reach it, and it must survive this process.
-    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        return await trio.lowlevel.open_process(
-            list(command),
-            stdin=subprocess.DEVNULL,
-            stderr=output,
-            env={**os.environ, **environment},
-            cwd="/",
-            start_new_session=True,
-            pass_fds=tuple(keep_fds),
-            **{"stdout": output, **options},
-        )
-    except OSError as error:
-        raise StartError(f"cannot run {command[0]}: {error.strerror}") from error
-    finally:
-        os.close(output)
-
-
-async def _end(process: trio.Process, timeout: float) -> None:
-    if process.poll() is not None:
-        return
-    process.terminate()
-    with trio.move_on_after(timeout):
-        await process.wait()
-        return
-    process.send_signal(signal.SIGKILL)
-    with trio.move_on_after(KILL_TIMEOUT):
-        await process.wait()
-        return
-    raise StopError(process.pid, KILL_TIMEOUT)
-
-
-def _program(name: str, package: str) -> str:
-    path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin")
-    if path is None:
-        raise MissingProgramError(name, package)
-    return path
 
 
 @contextmanager
