@@ -254,6 +254,18 @@ class VolumeMismatchError(ConflictError):
         return f"volume {self.volume} {self.reason}"
 
 
+class FilesystemKindError(ConflictError):
+    """The volume has the other filesystem."""
+
+    def __init__(self, found: str, wanted: str) -> None:
+        super().__init__(found, wanted)
+        self.found = found
+        self.wanted = wanted
+
+    def __str__(self) -> str:
+        return f"the volume has {self.found}, not {self.wanted}: leave --fs out or write --fs {self.found}"
+
+
 class ForeignContentError(ConflictError):
     """The device holds something that nobody here wrote."""
 

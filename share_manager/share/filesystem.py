@@ -20,7 +20,7 @@ import msgspec
 import trio
 
 from engine.durable import replace_file, sync_directory
-from share_manager.errors import CommandError, FilesystemError, ForeignContentError, TimeoutProblem
+from share_manager.errors import CommandError, FilesystemError, FilesystemKindError, ForeignContentError, TimeoutProblem
 from share_manager.events import Reporter
 from share_manager.share.commands import run
 from share_manager.share.procfs import CAP_SYS_RESOURCE, holds_capability, mount_at
@@ -140,7 +140,7 @@ def _check_found(device: str, found: dict[str, str], kind: Kind | None, fs_uuid:
             device, f"a {signature} filesystem that is not this volume's own (UUID {found.get('UUID')})", remedy
         )
     if kind is not None and kind != signature:
-        raise FilesystemError(device, f"it is {signature}, not {kind}: leave --fs out or write --fs {signature}")
+        raise FilesystemKindError(signature, kind)
     return "xfs" if signature == "xfs" else "ext4"
 
 
