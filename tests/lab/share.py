@@ -193,7 +193,8 @@ class Share:
             if time.monotonic() > end:
                 shown = msgspec.json.encode(status).decode()
                 raise ShareFailedError(f"{self.volume}: never {what}\n{shown}\n{self.said()}")
-            time.sleep(0.2)
+            # each question is a process that takes its share of two cores from the one that is asked
+            time.sleep(0.4)
 
     def wait_settled(self, budget: float = 90.0) -> Status:
         return self.wait_status("settled", lambda status: status.settled, budget)

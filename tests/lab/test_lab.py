@@ -114,7 +114,7 @@ def test_a_tree_with_a_difference_is_noticed(tmp_path: Path) -> None:
 
 def test_unstable_writes_are_pushed_without_commit(server: RawGanesha, one: Guest, two: Guest) -> None:
     size = 4 << 20
-    with mounted(one, server.export) as here:
+    with mounted(one, server.export, "4.2", "write=eager") as here:
         job = one.spawn(pressure.unstable, path=f"{here}/unstable", mountpoint=here, seed=7, size=size)
         pushed = job.wait_event("pushed")
         assert pushed["after"]["WRITE"] > pushed["before"]["WRITE"]

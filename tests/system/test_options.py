@@ -185,3 +185,20 @@ def test_root_owner_and_mode_are_what_was_asked_for(make_share: MakeShare, one: 
         asked = [("create", f"{here}/mine")]
         assert one.call(names.attempts, operations=asked, uid=4321, gid=4321) == [errno.EACCES]
         assert one.call(names.attempts, operations=asked, uid=1234, gid=1234) == [0]
+
+
+def test_the_lock_of_a_client_that_died_is_free_after_its_lease(
+    make_share: MakeShare, one: Guest, two: Guest, progress: Progress
+) -> None:
+    share = make_share("dead-client", size="128Mi", options=SHORT_GRACE).start()
+    with mounted(one, share.export) as here:
+        there = mount(two, share.export, "4.1")
+        two.spawn(locks.hold, path=f"{there}/held").wait_event("held")
+        assert one.call(locks.probe, path=f"{here}/held") == {"getlk": True, "setlk": True}
+        two.power_cut()
+        began = time.monotonic()
+        waiter = one.spawn(locks.hold, path=f"{here}/held")
+        waiter.wait_event("held", timeout=60)
+        progress(f"dead client: its lock was free after {time.monotonic() - began:.1f} s")
+        waiter.finish()
+    share.stop(how=signal.SIGINT)

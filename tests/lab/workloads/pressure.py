@@ -13,7 +13,6 @@ from typing import Any
 from tests.lab.workloads import channel
 
 BLOCK = 1 << 20
-SYNC_FILE_RANGE_WRITE = 2
 SYNC_FILE_RANGE_WAIT_AFTER = 4
 
 
@@ -58,10 +57,11 @@ def counted(mountpoint: str) -> dict[str, int]:
 
 
 def unstable(path: str, mountpoint: str, seed: int, size: int) -> dict[str, Any]:
-    """Write `size` bytes, push them to the server without asking it to keep them; when told to, fsync.
+    """Write `size` bytes that the server answers but is not asked to keep; when told to, fsync.
 
-    Emits `pushed` with the operations counted so far, once the server has answered every write. Meanwhile the
-    client's own writeback is put off (0 would mean at once): it would send the COMMIT by itself.
+    Emits `pushed` with the operations counted so far, once every write is answered. Needs a mount with `write=eager`:
+    otherwise the client sends a COMMIT as soon as it has written. Its periodic writeback, which would do the same, is
+    put off meanwhile (0 would mean at once).
     """
     lazy = {"dirty_writeback_centisecs": "60000", "dirty_background_ratio": "80", "dirty_ratio": "90"}
     usual = {name: Path("/proc/sys/vm", name).read_text() for name in lazy}
@@ -76,12 +76,13 @@ def unstable(path: str, mountpoint: str, seed: int, size: int) -> dict[str, Any]
 
 def _unstable(path: str, mountpoint: str, seed: int, size: int) -> dict[str, Any]:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+    chance = random.Random(seed)
+    data = b"".join(chance.randbytes(BLOCK) for _ in range(size // BLOCK))
     for _ in range(8):
         before = counted(mountpoint)
-        chance = random.Random(seed)
-        for block in range(size // BLOCK):
-            os.pwrite(fd, chance.randbytes(BLOCK), block * BLOCK)
-        _push(fd)
+        # in one piece: a write that fits into one WRITE would be sent as a stable one
+        os.pwrite(fd, data, 0)
+        _wait(fd)
         pushed = counted(mountpoint)
         if pushed["COMMIT"] == before["COMMIT"]:
             break
@@ -97,12 +98,11 @@ def _unstable(path: str, mountpoint: str, seed: int, size: int) -> dict[str, Any
     return {"before": before, "pushed": pushed, "after": after}
 
 
-def _push(fd: int) -> None:
-    """Send every dirty page and wait for the answers: in one call that would ask for stable writes."""
+def _wait(fd: int) -> None:
+    """Wait for the answers to what is under way."""
     libc = ctypes.CDLL(None, use_errno=True)
-    for flag in (SYNC_FILE_RANGE_WRITE, SYNC_FILE_RANGE_WAIT_AFTER):
-        if libc.sync_file_range(fd, ctypes.c_long(0), ctypes.c_long(0), flag) != 0:
-            raise OSError(ctypes.get_errno(), "sync_file_range")
+    if libc.sync_file_range(fd, ctypes.c_long(0), ctypes.c_long(0), SYNC_FILE_RANGE_WAIT_AFTER) != 0:
+        raise OSError(ctypes.get_errno(), "sync_file_range")
 
 
 def expected_digest(seed: int, size: int) -> str:
