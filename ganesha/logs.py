@@ -1,6 +1,7 @@
 """ganesha's log file, as events."""
 
 import enum
+import functools
 import os
 import re
 import struct
@@ -113,18 +114,22 @@ def parse_line(line: str) -> LogEvent:
     match = _LINE.fullmatch(line)
     if match is None:
         return LogEvent(time=time.time(), message=line, kind=_classify("", line))
-    try:
-        moment = datetime.strptime(match["time"], "%d/%m/%Y %H:%M:%S").astimezone().timestamp()
-    except (ValueError, OverflowError):
-        moment = time.time()
     return LogEvent(
-        time=moment,
+        time=_moment(match["time"]),
         level=match["level"],
         component=match["component"].strip(),
         function=match["function"],
         message=match["message"],
         kind=_classify(match["level"], match["message"]),
     )
+
+
+@functools.lru_cache(maxsize=8)
+def _moment(text: str) -> float:
+    try:
+        return datetime.strptime(text, "%d/%m/%Y %H:%M:%S").astimezone().timestamp()
+    except (ValueError, OverflowError):
+        return time.time()
 
 
 def _classify(level: str, message: str) -> EventKind:

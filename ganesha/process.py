@@ -262,10 +262,12 @@ class Ganesha:
             self._send.send_nowait(event)
 
     def _close(self) -> None:
-        self._read_log()
-        self._tail.close()
-        self._drop.close()
-        self._send.close()
+        try:
+            self._read_log()
+        finally:
+            self._tail.close()
+            self._drop.close()
+            self._send.close()
 
 
 @asynccontextmanager
