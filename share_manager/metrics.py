@@ -166,7 +166,7 @@ class ShareCollector(Collector):
 
     def _nfs(self) -> Iterator[Metric]:
         status, volume = self._status, {"volume": self._status.volume}
-        yield _gauge("nfs_clients", "Client addresses with a lease.", volume, status.connected_clients)
+        yield _gauge("nfs_clients", "Client addresses with a lease.", volume, len(status.clients))
         yield _gauge("nfs_in_grace", "1 while clients may only reclaim.", volume, float(bool(status.in_grace)))
         if status.nfs is not None:
             labels = ["volume", "operation"]

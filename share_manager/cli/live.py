@@ -33,8 +33,8 @@ def describe_replica(replica: ReplicaInfo) -> str:
 
 
 def describe_clients(status: ShareStatus) -> str:
-    addresses = ", ".join(client.address for client in status.clients if client.client_ids)
-    return f"{status.connected_clients}{'  ' + addresses if addresses else ''}"
+    addresses = ", ".join(client.address for client in status.clients)
+    return f"{len(status.clients)}{'  ' + addresses if addresses else ''}"
 
 
 class Watched(Protocol):

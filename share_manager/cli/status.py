@@ -69,7 +69,7 @@ def show_list(found: list[ShareStatus]) -> None:
             units.format_size(one.size_bytes) if one.size_bytes else "-",
             str(one.epoch),
             f"{in_sync}/{len(one.replicas)} in sync" if one.replicas else "-",
-            str(one.connected_clients) if one.state == "running" else "-",
+            str(len(one.clients)) if one.state == "running" else "-",
             one.endpoint or "-",
         )
     table_console().print(table)

@@ -413,6 +413,8 @@ class Share:
                         client_ids=client.client_ids,
                     )
                     for client in await server.clients()
+                    # others only asked, as our own look at the export's handle did
+                    if client.client_ids
                 )
                 exports = (await server.stats()).exports
                 io = NfsIo(

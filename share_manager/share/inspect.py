@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engine.errors import EngineError
+from share_manager.errors import ShareManagerError
 from share_manager.paths import VolumePaths
 from share_manager.share.control import ask_status
 from share_manager.share.leftovers import Leftovers, observe
@@ -63,6 +64,6 @@ async def all_status(paths: list[VolumePaths]) -> list[ShareStatus]:
     for one in paths:
         try:
             found.append(await volume_status(one))
-        except EngineError as error:
+        except (EngineError, ShareManagerError) as error:
             found.append(ShareStatus(volume=one.volume, state="error", last_failure=str(error)))
     return found

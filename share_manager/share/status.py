@@ -72,7 +72,8 @@ class NfsIo(msgspec.Struct, frozen=True, kw_only=True):
 class ShareStatus(msgspec.Struct, frozen=True, kw_only=True):
     """`state`: stopped, starting, running, repairing, stopping; orphaned when a killed share manager left processes.
 
-    `kind`: serve or attach, empty when stopped. `replicas` states of a stopped volume are those of its record.
+    `kind`: serve or attach, empty when stopped. `clients` hold a lease. `replicas` states of a stopped volume are those
+    of its record.
     """
 
     volume: str
@@ -99,11 +100,6 @@ class ShareStatus(msgspec.Struct, frozen=True, kw_only=True):
     started_at: float | None = None
     metrics: str | None = None
     last_failure: str = ""
-
-    @property
-    def connected_clients(self) -> int:
-        """Client addresses that hold a lease."""
-        return sum(bool(client.client_ids) for client in self.clients)
 
 
 def engine_info(status: EngineStatus | None, pid: int | None, block_file: str) -> EngineInfo:

@@ -34,7 +34,7 @@ STATUS = ShareStatus(
     used_bytes=1 << 20,
     in_grace=True,
     started_at=1000.0,
-    clients=(ClientInfo(address="10.0.0.1", client_ids=("a",)), ClientInfo(address="10.0.0.2")),
+    clients=(ClientInfo(address="10.0.0.1", client_ids=("a",)),),
     engine=EngineInfo(
         pid=5, operations={"write": OperationStats(count=3, bytes=12288, errors=1, seconds=0.5, buckets=BUCKETS)}
     ),
