@@ -61,7 +61,7 @@ class Server:
         self._syncing_head = False
         self._wake_maps = trio.Event()
         self._wake_head = trio.Event()
-        self._changed = trio.Condition()
+        self._changed = trio.lowlevel.ParkingLot()
         self._control = trio.Lock()
         self._stop = trio.Event()
 
@@ -153,10 +153,8 @@ class Server:
 
     async def room(self) -> None:
         """Wait while too much is parked."""
-        if self._parked_bytes > MAX_PARKED:
-            async with self._changed:
-                while self._parked_bytes > MAX_PARKED and not self.failed:
-                    await self._changed.wait()
+        while self._parked_bytes > MAX_PARKED and not self.failed:
+            await self._changed.park()
 
     def flush(self, connection: Connection, frame: Frame) -> None:
         """Answer once an fdatasync that starts after everything received before was applied is done."""
@@ -198,7 +196,7 @@ class Server:
                     touched[connection] = None
             for connection in touched:
                 connection.send()
-            await self._notify()
+            self._changed.unpark_all()
 
     async def _sync_head(self) -> None:
         while not self.failed:
@@ -222,7 +220,7 @@ class Server:
                     touched[connection] = None
             for connection in touched:
                 connection.send()
-            await self._notify()
+            self._changed.unpark_all()
 
     async def _expire(self) -> None:
         while not self.failed:
@@ -239,6 +237,7 @@ class Server:
             self.failed = reason
             log.error("replica failed", reason=reason)
         self._stop.set()
+        self._changed.unpark_all()
 
     def _fail_parked(self, reason: str) -> None:
         self.fail(reason)
@@ -247,15 +246,10 @@ class Server:
             connection.send()
         self._flushes = []
 
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
-
     async def _quiesce(self) -> None:
         """Wait until nothing is parked."""
-        async with self._changed:
-            while not self.failed and (not self._gate.idle or self._flushes or self._syncing_head):
-                await self._changed.wait()
+        while not self.failed and (not self._gate.idle or self._flushes or self._syncing_head):
+            await self._changed.park()
 
     # control requests
 
@@ -332,6 +326,7 @@ class Server:
         for connection, frame in self._gate.discard():
             self._parked_bytes -= len(frame[5])
             connection.refuse_unopened(frame)
+        self._changed.unpark_all()
         if old is not None and old is not successor:
             log.warning("superseded", peer=old.peer, by=successor.peer)
             if old.token is not None and old.token < self.token:

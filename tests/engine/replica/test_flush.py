@@ -116,3 +116,17 @@ async def test_stopping_finishes_what_was_submitted(tmp_path: Path) -> None:
         assert replica.sync.finished == 2
         assert replica.store.read(0, 4096) == b"x" * 4096
         assert replica.store.meta.dirty
+
+
+async def test_a_sync_that_fails_while_stopping_is_a_failure(tmp_path: Path) -> None:
+    async with inside(tmp_path) as replica, connect(replica.address) as client:
+        await client.open(1)
+        replica.sync.error = OSError(5, "Input/output error")
+        replica.sync.gate.clear()
+        await client.send(FrameType.FLUSH)
+        await until(lambda: replica.sync.started == 1)
+        replica.server.stop()
+        await trio.sleep(0.02)
+        replica.sync.gate.set()
+        assert (await client.receive())[1] == Status.IO_ERROR
+        await until(lambda: replica.clean is False)

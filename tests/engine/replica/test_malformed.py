@@ -60,7 +60,7 @@ async def test_thousands_of_malformed_frames_harm_nobody_else(replica: ReplicaPr
 
     async def bad(seed: int) -> None:
         bits = random.Random(seed)
-        for _ in range(15 if authenticated else 45):
+        for _ in range(12 if authenticated else 30):
             for make in BAD.values():
                 async with connect(replica.address, key=b"k" * 32 if authenticated else None) as client:
                     try:
