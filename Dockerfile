@@ -27,6 +27,8 @@ RUN export DEBIAN_FRONTEND=noninteractive \
     && sed 's/#.*//' /tmp/packages.txt | xargs apt-get install -qq --yes --no-install-recommends \
     && apt-get clean \
     && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log /usr/share/doc /usr/share/man /tmp/packages.txt
+# ganesha finds the filesystem of an export there; not every runtime makes it
+RUN ln -sf /proc/self/mounts /etc/mtab
 COPY --from=build /opt/share-manager /opt/share-manager
 ENV PATH=/opt/share-manager/bin:$PATH \
     PYTHONUNBUFFERED=1

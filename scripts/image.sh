@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the Dockerfile with buildah, on a base that debootstrap makes from this machine's apt mirror, and starts the
-# result once. Needs root, and no daemon or image registry. The base is kept in the cache directory for a month.
+# result once. Needs root, and no daemon or image registry. The base is kept in the cache directory for a month; layers
+# are not, as this storage driver copies them whole.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 umask 022
@@ -8,14 +9,18 @@ umask 022
 suite=bookworm
 tag=${TAG:-share-manager:latest}
 cache=${XDG_CACHE_HOME:-/var/cache}/share-manager/image
-base_tar=$cache/base-$suite-$(dpkg --print-architecture)-$(date +%Y%m).tar
+base=localhost/share-manager-base:$suite-$(date +%Y%m)
 work=$(mktemp -d)
 storage=(--root "$cache/storage" --runroot "$work/run" --storage-driver vfs)
 container=""
+server=""
 
 say() { printf 'image: %s\n' "$*" >&2; }
 
 cleanup() {
+    if [[ -n $server ]]; then
+        kill -TERM "$server" 2>/dev/null && wait "$server" || true
+    fi
     [[ -z $container ]] || buildah "${storage[@]}" rm "$container" >/dev/null 2>&1 || true
     rm -rf "$work"
 }
@@ -32,7 +37,7 @@ mirror_of() {
         /^Suites:/ { for (i = 2; i <= NF; i++) if ($i == suite) { print uri; exit } }'
 }
 
-if [[ ! -e $base_tar ]]; then
+if [[ -z $(buildah "${storage[@]}" images --quiet --filter "reference=$base") ]]; then
     say "making the base with debootstrap"
     main=$(mirror_of $suite)
     [[ -n $main ]] || { say "no apt source of this machine has the suite $suite" && exit 1; }
@@ -40,19 +45,19 @@ if [[ ! -e $base_tar ]]; then
     security=$(mirror_of $suite-security)
     [[ -z $security ]] || echo "deb $security $suite-security main" >>"$work/base/etc/apt/sources.list"
     rm -rf "$work"/base/var/cache/apt/* "$work"/base/var/lib/apt/lists/* "$work"/base/usr/share/{doc,man,locale}/*
-    rm -f "$cache"/base-"$suite"-*.tar
-    tar -C "$work/base" -cf "$base_tar.part" .
-    mv "$base_tar.part" "$base_tar"
+    tar -C "$work/base" -cf "$work/base.tar" .
     rm -rf "$work/base"
+    # an older month's
+    buildah "${storage[@]}" rmi --all --force >/dev/null 2>&1 || true
+    container=$(buildah "${storage[@]}" from scratch)
+    buildah "${storage[@]}" add --quiet "$container" "$work/base.tar" / >/dev/null
+    rm "$work/base.tar"
+    buildah "${storage[@]}" config --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$container"
+    buildah "${storage[@]}" commit --quiet --rm "$container" "$base" >/dev/null
+    container=""
 fi
 
 say "building $tag"
-container=$(buildah "${storage[@]}" from scratch)
-buildah "${storage[@]}" add --quiet "$container" "$base_tar" / >/dev/null
-buildah "${storage[@]}" config --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$container"
-buildah "${storage[@]}" commit --quiet --rm "$container" localhost/share-manager-base >/dev/null
-container=""
-
 # pip in the build is given this machine's settings, by mounts that leave no trace in the image
 printf '[global]\n' >"$work/pip.conf"
 "${VENV:-.venv}/bin/python" -m pip config list \
@@ -63,18 +68,42 @@ if [[ -e $authorities ]]; then
     echo "cert = /run/host-authorities.crt" >>"$work/pip.conf"
     mounts+=(--volume "$authorities:/run/host-authorities.crt:ro")
 fi
-buildah "${storage[@]}" build --quiet --isolation chroot --layers=false --build-arg BASE=localhost/share-manager-base \
+buildah "${storage[@]}" build --quiet --isolation chroot --layers=false --build-arg BASE="$base" \
     "${mounts[@]}" --tag "$tag" . >"$work/log" 2>&1 || { tail -n 60 "$work/log" >&2 && exit 1; }
 
 container=$(buildah "${storage[@]}" from --pull-never "$tag")
+root=$(buildah "${storage[@]}" mount "$container")
 # as a runtime would: the entry point of the image's own configuration
 entry=$(buildah "${storage[@]}" inspect --type container --format '{{range .OCIv1.Config.Entrypoint}}{{.}} {{end}}' "$container")
-buildah "${storage[@]}" run --isolation chroot "$container" -- $entry --help >"$work/help" 2>&1 || { cat "$work/help" >&2 && exit 1; }
-grep -qw serve "$work/help" || { cat "$work/help" >&2 && say "the entry point shows no 'serve' command" && exit 1; }
-buildah "${storage[@]}" run --isolation chroot "$container" -- sh -c 'for program in ganesha.nfsd mkfs.ext4 mkfs.xfs losetup dbus-daemon nft ip; do command -v $program >/dev/null || { echo "image: $program is missing"; exit 1; }; done' >&2
+path=$(buildah "${storage[@]}" inspect --type container --format '{{range .OCIv1.Config.Env}}{{println .}}{{end}}' "$container" | grep '^PATH=')
+port=$("${VENV:-.venv}/bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+
+# A whole share from nothing but what the image has. Its mounts end with their namespace.
+unshare --mount --propagation private bash -c '
+    root=$1 && shift
+    mount --bind /dev "$root/dev" && mount -t proc proc "$root/proc" && mount -t sysfs sysfs "$root/sys" &&
+        mount -t tmpfs tmpfs "$root/run" && exec chroot "$root" env -i "$@"' _ "$root" \
+    "$path" $entry serve image-check --size 128Mi --data-dir /srv --port "$port" --output json \
+    >"$work/serve" 2>"$work/serve.err" </dev/null &
+server=$!
+for ((tries = 0; tries < 600; tries++)); do
+    grep -q '"event":"ready"' "$work/serve" && break
+    kill -0 "$server" 2>/dev/null || break
+    sleep 0.1
+done
+kill -TERM "$server" 2>/dev/null || true
+status=0
+wait "$server" || status=$?
+server=""
+if ((status != 0)) || ! grep -q '"event":"ready"' "$work/serve"; then
+    cat "$work/serve" "$work/serve.err" >&2
+    say "the image does not serve (exit status $status)"
+    exit 1
+fi
 size=$(buildah "${storage[@]}" images --format '{{.Size}}' "$tag")
-say "built $tag ($size); '${entry% } --help' starts"
+say "built $tag ($size); it served a volume"
+buildah "${storage[@]}" umount "$container" >/dev/null
 buildah "${storage[@]}" rm "$container" >/dev/null
 container=""
-# dangling layers of earlier builds
+# what earlier builds left
 buildah "${storage[@]}" rmi --prune >/dev/null 2>&1 || true
