@@ -83,6 +83,8 @@ class ReplicaConnection:
             sock.setblocking(False)
             tsock = trio.socket.from_stdlib_socket(sock)
             await tsock.connect(address.target)
+            # a full backlog of a unix socket looks like success until one asks for the peer
+            sock.getpeername()
             if address.family != socket.AF_UNIX:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):

@@ -28,11 +28,9 @@ from typing import Any, Final
 
 import msgspec
 
+from engine.ops import FLUSH, READ, UNMAP, WRITE
+
 # the numbers of engine.wire.frame.FrameType, which this module does not import; a test keeps them equal
-READ: Final = 4
-WRITE: Final = 5
-FLUSH: Final = 6
-UNMAP: Final = 7
 PING: Final = 8
 SETTLED: Final = 10
 TRACK: Final = 11

@@ -31,6 +31,8 @@ from engine.controller.connection import (
 from engine.controller.core import Core, ReplicaState
 from engine.controller.stats import Operation
 from engine.errors import EngineError, FencedError, NoReplicaError, RecordConflictError, RecordError
+from engine.frontend.base import BlockRequest
+from engine.ops import FLUSH, READ, UNMAP, WRITE
 from engine.record import RecordStore, VolumeRecord
 from engine.wire import messages
 from engine.wire.frame import REPLY, Frame, FrameType, Status, encode_header
@@ -40,19 +42,25 @@ log = structlog.get_logger()
 _TICK = 0.25
 _PROGRESS_EVERY = 2.0
 _BITMAP_PAGE = 1 << 20
-_OPERATIONS = {decide.READ: "read", decide.WRITE: "write", decide.FLUSH: "flush", decide.UNMAP: "unmap"}
+_OPERATIONS = {READ: "read", WRITE: "write", FLUSH: "flush", UNMAP: "unmap"}
 
 
-class _Pending:
-    """A client request that waits in the core, and the task that waits for it."""
+class _TaskRequest:
+    """A request, and the task that waits for it."""
 
-    __slots__ = ("length", "op", "started", "task")
+    __slots__ = ("length", "offset", "op", "payload", "started", "task")
 
-    def __init__(self, task: trio.lowlevel.Task, op: int, length: int) -> None:
-        self.task: trio.lowlevel.Task | None = task
+    def __init__(self, op: int, offset: int, length: int, payload: bytes) -> None:
+        self.task: trio.lowlevel.Task | None = trio.lowlevel.current_task()
         self.op = op
+        self.offset = offset
         self.length = length
+        self.payload = payload
         self.started = time.perf_counter()
+
+    def finish(self, error: int, data: bytes) -> None:
+        if self.task is not None:
+            trio.lowlevel.reschedule(self.task, outcome.Value((error, data)))
 
     def abandon(self, _: Callable[[], None]) -> trio.lowlevel.Abort:
         # what was sent cannot be taken back, but nobody waits for its answer any more
@@ -110,30 +118,38 @@ class Controller:
 
     async def read(self, offset: int, length: int) -> bytes:
         """Raises OSError."""
-        return await self._execute(decide.READ, offset, length, b"")
+        return await self._execute(READ, offset, length, b"")
 
     async def write(self, offset: int, data: bytes) -> None:
         """Returns when every in-sync replica has it. Raises OSError."""
-        await self._execute(decide.WRITE, offset, len(data), data)
+        await self._execute(WRITE, offset, len(data), data)
 
     async def unmap(self, offset: int, length: int) -> None:
         """The range reads as zeros afterwards. Raises OSError."""
-        await self._execute(decide.UNMAP, offset, length, b"")
+        await self._execute(UNMAP, offset, length, b"")
 
     async def flush(self) -> None:
         """Returns when all that was acknowledged before is on every in-sync replica's disk. Raises OSError."""
-        await self._execute(decide.FLUSH, 0, 0, b"")
+        await self._execute(FLUSH, 0, 0, b"")
 
     async def _execute(self, op: int, offset: int, length: int, payload: bytes) -> bytes:
-        if op != decide.FLUSH and (length <= 0 or offset < 0 or offset + length > self.size):
+        if op != FLUSH and (length <= 0 or offset < 0 or offset + length > self.size):
             raise OSError(errno.EINVAL, f"request {offset}+{length} is outside the volume of {self.size} bytes")
-        pending = _Pending(trio.lowlevel.current_task(), op, length)
-        self.core.submit(op, offset, length, payload, pending)
+        request = _TaskRequest(op, offset, length, payload)
+        self.submit(request)
         self._wake()
-        error, data = await trio.lowlevel.wait_task_rescheduled(pending.abandon)
+        error, data = await trio.lowlevel.wait_task_rescheduled(request.abandon)
         if error:
             raise OSError(error, os.strerror(error))
         return data  # type: ignore[no-any-return]
+
+    def submit(self, request: BlockRequest) -> None:
+        """Queue a request whose range lies within the volume; it is on its way after `kick`."""
+        self.core.submit(request.op, request.offset, request.length, request.payload, request)
+
+    def kick(self) -> None:
+        """Send what was submitted."""
+        self._drain()
 
     # carrying out what the core decided
 
@@ -184,8 +200,7 @@ class Controller:
                 now = time.perf_counter()
                 for token, error, data in replies:
                     self._operations[token.op].add(now - token.started, token.length, error)
-                    if token.task is not None:
-                        trio.lowlevel.reschedule(token.task, outcome.Value((error, data)))
+                    token.finish(error, data)
             if core.actions:
                 actions, core.actions = core.actions, []
                 for action in actions:

@@ -8,6 +8,19 @@ from typing import Protocol
 import trio
 
 
+class BlockRequest(Protocol):
+    """A request without a task that waits for it. `op` is one of engine.ops; the range lies within the volume."""
+
+    op: int
+    offset: int
+    length: int
+    payload: bytes
+    started: float
+
+    def finish(self, error: int, data: bytes) -> None:
+        """Called once, with an errno or 0, and the data of a read. Must not raise or block."""
+
+
 class BlockVolume(Protocol):
     """A volume of `size` bytes. All methods raise OSError with the errno that the caller of the file should see."""
 
@@ -20,6 +33,12 @@ class BlockVolume(Protocol):
     async def unmap(self, offset: int, length: int) -> None: ...
 
     async def flush(self) -> None: ...
+
+    def submit(self, request: BlockRequest) -> None:
+        """Queue a request; it is on its way after `kick`."""
+
+    def kick(self) -> None:
+        """Send what was submitted, all of it at once."""
 
 
 class FrontendSession(Protocol):

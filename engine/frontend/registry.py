@@ -5,13 +5,17 @@ from __future__ import annotations
 from engine.errors import FrontendError
 from engine.frontend.base import Frontend
 
-FRONTENDS = ("pyfuse3",)
+FRONTENDS = ("pyfuse3", "device")
 
 
 def frontend(name: str) -> Frontend:
     """Raises FrontendError for an unknown name or a missing library."""
     if name not in FRONTENDS:
         raise FrontendError(f"unknown frontend {name!r}; there are: {', '.join(FRONTENDS)}")
+    if name == "device":
+        from engine.frontend.device import DeviceFrontend
+
+        return DeviceFrontend()
     try:
         from engine.frontend.fuse3 import Pyfuse3Frontend
     except ImportError as error:

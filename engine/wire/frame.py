@@ -11,6 +11,7 @@ found before anything waits for that many bytes.
 
 from __future__ import annotations
 
+import mmap
 import struct
 from enum import IntEnum
 
@@ -94,7 +95,8 @@ class FrameReader:
     def __init__(self, capacity: int = 4 * MAX_PAYLOAD) -> None:
         if capacity < HEADER_SIZE + MAX_PAYLOAD:
             raise ValueError(f"capacity {capacity} cannot hold a frame")
-        self._buffer = bytearray(capacity)
+        # anonymous pages cost nothing until bytes arrive
+        self._buffer = mmap.mmap(-1, capacity)
         self._view = memoryview(self._buffer)
         self._start = 0
         self._end = 0

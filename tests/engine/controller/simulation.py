@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+from engine import ops
 from engine.controller import core as decide
 from engine.controller.core import Core, ReplicaState
 
@@ -62,17 +63,17 @@ class SimReplica:
                 changes.add(region)
 
     def handle(self, op: int, seq: int, offset: int, length: int, payload: Any) -> bytes:
-        if op == decide.READ:
+        if op == ops.READ:
             return bytes(self.data[offset : offset + length])
-        if op == decide.WRITE:
+        if op == ops.WRITE:
             self._touch(seq, offset, length)
             self.data[offset : offset + length] = payload
             for i, value in enumerate(payload):
                 self.seen[offset + i].add(value)
-        elif op == decide.UNMAP:
+        elif op == ops.UNMAP:
             self._touch(seq, offset, length)
             self.data[offset : offset + length] = bytes(length)
-        elif op == decide.FLUSH:
+        elif op == ops.FLUSH:
             self.durable[:] = self.data
         elif op == decide.SETTLED:
             if length:
@@ -148,14 +149,14 @@ class Judge:
         self.acknowledged = 0
 
     def submit(self, op: int, offset: int, length: int) -> tuple[Ask, bytes]:
-        if op in (decide.WRITE, decide.UNMAP):
+        if op in (ops.WRITE, ops.UNMAP):
             self.value = self.value % 255 + 1
-            fill = self.value if op == decide.WRITE else 0
+            fill = self.value if op == ops.WRITE else 0
             cells = [Cell({fill}) for _ in range(length)]
             for i, cell in enumerate(cells):
                 self.cells[offset + i].append(cell)
-            return Ask(op, offset, length, cells), bytes([fill]) * length if op == decide.WRITE else b""
-        if op == decide.READ:
+            return Ask(op, offset, length, cells), bytes([fill]) * length if op == ops.WRITE else b""
+        if op == ops.READ:
             return Ask(op, offset, length, [self.cells[offset + i][-1] for i in range(length)]), b""
         upto = {
             block: next(cell for cell in reversed(history) if cell.acked) for block, history in enumerate(self.cells)
@@ -165,7 +166,7 @@ class Judge:
     def answered(self, ask: Ask, error: int, data: bytes) -> None:
         assert not error, f"error {error} for {ask}"
         self.acknowledged += 1
-        if ask.op == decide.READ:
+        if ask.op == ops.READ:
             self.reads += 1
             for i, (cell, value) in enumerate(zip(ask.cells, data, strict=True)):
                 assert value in cell.possible, (
@@ -176,7 +177,7 @@ class Judge:
                     # seen is not yet durable: a power loss may still bring back what was possible before
                     history.insert(history.index(cell), Cell(cell.possible, acked=True))
                 cell.possible = {value}
-        elif ask.op == decide.FLUSH:
+        elif ask.op == ops.FLUSH:
             for block, floor in ask.upto.items():
                 history = self.cells[block]
                 if floor in history:
@@ -267,7 +268,7 @@ class Engine:
             for ask, error, data in replies:
                 if self.token < self.world.highest_attached:
                     self.world.check_late(ask)
-                elif ask.op in (decide.WRITE, decide.UNMAP):
+                elif ask.op in (ops.WRITE, ops.UNMAP):
                     self.world.check_everywhere(self, ask)
                 self.world.judge.answered(ask, error, data)
             actions, core.actions = core.actions, []
@@ -381,7 +382,7 @@ class World:
 
         (A read may be stale there: what keeps clients from asking is the share's self-fencing.)
         """
-        if ask.op != decide.WRITE:
+        if ask.op != ops.WRITE:
             return
         for name, seen in self.found.items():
             for i, cell in enumerate(ask.cells):
@@ -393,11 +394,11 @@ class World:
         link, replica = engine.links[name], self.replicas[name]
         index = self.rng.randrange(len(link.frames))
         frame = link.frames[index]
-        if frame.op in (decide.FLUSH, decide.SETTLED, decide.TRACK):
+        if frame.op in (ops.FLUSH, decide.SETTLED, decide.TRACK):
             # what was sent before it is applied before it
             index = 0
             frame = link.frames[0]
-        elif any(f.op in (decide.FLUSH, decide.SETTLED, decide.TRACK) for f in link.frames[:index]):
+        elif any(f.op in (ops.FLUSH, decide.SETTLED, decide.TRACK) for f in link.frames[:index]):
             index = 0
             frame = link.frames[0]
         del link.frames[index]
@@ -501,10 +502,10 @@ def run(rng: Random, steps: int, replicas: int = 3, partitions: bool = True) -> 
         if engine.ready:
             offset = rng.randrange(SIZE)
             length = rng.randint(1, min(6, SIZE - offset))
-            choices.append((14, engine.submit, (decide.WRITE, offset, length)))
-            choices.append((10, engine.submit, (decide.READ, offset, length)))
-            choices.append((1, engine.submit, (decide.UNMAP, offset, length)))
-            choices.append((4, engine.submit, (decide.FLUSH,)))
+            choices.append((14, engine.submit, (ops.WRITE, offset, length)))
+            choices.append((10, engine.submit, (ops.READ, offset, length)))
+            choices.append((1, engine.submit, (ops.UNMAP, offset, length)))
+            choices.append((4, engine.submit, (ops.FLUSH,)))
             choices.append((2, engine.tick, ()))
         choices.extend((6, engine.gather_maps, (name, rng)) for name in engine.maps_due)
         for name, replica in world.replicas.items():
@@ -553,6 +554,6 @@ def run(rng: Random, steps: int, replicas: int = 3, partitions: bool = True) -> 
     assert current is not None
     assert not current.dead
     assert current.ready
-    current.submit(decide.READ, 0, SIZE)
+    current.submit(ops.READ, 0, SIZE)
     world.quiesce(current)
     return world

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import subprocess
@@ -15,7 +16,9 @@ import pytest
 import trio
 
 from engine.frontend import FRONTENDS, frontend
+from engine.frontend.base import BlockRequest
 from engine.frontend.fuse_device import FuseDevice
+from engine.ops import READ, UNMAP, WRITE
 
 pytestmark = [pytest.mark.system, pytest.mark.parametrize("name", FRONTENDS)]
 
@@ -34,6 +37,7 @@ class MemoryVolume:
         self.error = 0
         self.hold: trio.Event | None = None
         self.concurrent = self.most_concurrent = 0
+        self.nursery: trio.Nursery | None = None
 
     async def _enter(self) -> None:
         self.concurrent += 1
@@ -63,14 +67,38 @@ class MemoryVolume:
         await self._enter()
         self.flushes += 1
 
+    def submit(self, request: BlockRequest) -> None:
+        assert self.nursery is not None
+        self.nursery.start_soon(self._execute, request)
+
+    def kick(self) -> None:
+        return
+
+    async def _execute(self, request: BlockRequest) -> None:
+        data = b""
+        try:
+            if request.op == READ:
+                data = await self.read(request.offset, request.length)
+            elif request.op == WRITE:
+                await self.write(request.offset, request.payload)
+            elif request.op == UNMAP:
+                await self.unmap(request.offset, request.length)
+            else:
+                await self.flush()
+        except OSError as error:
+            request.finish(error.errno or errno.EIO, b"")
+        else:
+            request.finish(0, data)
+
 
 @contextlib.asynccontextmanager
 async def served(name: str, directory: Path) -> AsyncIterator[tuple[MemoryVolume, Path]]:
     volume = MemoryVolume()
     device = FuseDevice.mount(directory / "block")
     try:
-        async with frontend(name).serve(volume, device.fd):
+        async with trio.open_nursery() as volume.nursery, frontend(name).serve(volume, device.fd):
             yield volume, device.path
+            volume.nursery.cancel_scope.cancel()
     finally:
         device.abort()
         device.unmount()
@@ -250,3 +278,20 @@ async def test_while_somebody_keeps_the_descriptor_requests_wait_for_the_next_se
     finally:
         device.unmount()
         device.close()
+
+
+@pytest.mark.parametrize("mode", [0x03, 0x11], ids=["punch-hole", "zero-range"])
+async def test_a_discarded_range_reads_as_zeros_or_is_refused(name: str, tmp_path: Path, mode: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    start, length = 3 * BLOCK, (2 << 20) + 5 * BLOCK
+
+    def work(fd: int) -> int:
+        os.pwrite(fd, b"\xff" * SIZE, 0)
+        if libc.fallocate(fd, mode, ctypes.c_long(start), ctypes.c_long(length)):
+            return ctypes.get_errno()
+        assert os.pread(fd, SIZE, 0) == b"\xff" * start + bytes(length) + b"\xff" * (SIZE - start - length)
+        return 0
+
+    async with served(name, tmp_path) as (_, path):
+        # libfuse's Python binding has no handler for it
+        assert await thread(with_file, path, os.O_RDWR, work) == (errno.EOPNOTSUPP if name == "pyfuse3" else 0)

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine import ops
 from engine.controller import core
 from engine.errors import ProtocolError
 from engine.wire import frame
@@ -45,7 +46,9 @@ def test_golden_bytes_of_an_empty_answer() -> None:
 
 
 def test_the_core_and_the_wire_agree_on_numbers() -> None:
-    for name in ("READ", "WRITE", "FLUSH", "UNMAP", "PING", "SETTLED", "TRACK", "STATE"):
+    for name in ("READ", "WRITE", "FLUSH", "UNMAP"):
+        assert getattr(ops, name) == FrameType[name]
+    for name in ("PING", "SETTLED", "TRACK", "STATE"):
         assert getattr(core, name) == FrameType[name]
     for name in ("OK", "STALE_EPOCH", "NO_SPACE"):
         assert getattr(core, name) == Status[name]

@@ -1,0 +1,308 @@
+"""The fast frontend: reads /dev/fuse itself, many requests per wake-up, with no task, thread or stream per request.
+
+The kernel's side of the protocol is include/uapi/linux/fuse.h (7.31 and later). A request is read with one readv: its
+first 80 bytes, which are a whole write header, into one buffer, what follows into another, so that the data of a
+write stands by itself. Answers leave with one write each, from wherever they come due.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import stat
+import struct
+import time
+from collections.abc import AsyncIterator, Callable
+
+import structlog
+import trio
+
+from engine.errors import FrontendError
+from engine.frontend.base import BlockVolume
+from engine.frontend.fuse_device import MAX_IO
+from engine.ops import FLUSH, READ, UNMAP, WRITE
+
+log = structlog.get_logger()
+
+_BATCH = 128
+_MAX_BACKGROUND = 128
+# a discard of a whole volume is cut into pieces, so many of which are on their way at a time
+_UNMAP_PIECE = 1 << 20
+_UNMAP_AT_ONCE = 16
+
+_FORGET, _GETATTR, _SETATTR, _OPEN, _READ, _WRITE, _STATFS, _RELEASE = 2, 3, 4, 14, 15, 16, 17, 18
+_FSYNC, _FLUSH, _INIT, _INTERRUPT, _DESTROY, _BATCH_FORGET, _FALLOCATE = 20, 25, 26, 36, 38, 42, 43
+
+# fuse_in_header, then the first 40 bytes of what follows, read as fuse_read_in or fuse_write_in
+_REQUEST = struct.Struct("<IIQQIIIHHQQIIQII")
+_BODY = 40
+_HEAD = 80
+_OUT = struct.Struct("<IiQ")
+_WRITE_OUT = struct.Struct("<IiQII")
+_OPEN_OUT = struct.Struct("<QII")
+_ATTR_OUT = struct.Struct("<QII6Q10I")
+_STATFS_OUT = struct.Struct("<5Q4I24x")
+_INIT_IN = struct.Struct("<4I")
+_INIT_OUT = struct.Struct("<4I2H2I2HI28x")
+_FALLOCATE_IN = struct.Struct("<3QII")
+
+_MINOR = 38
+_ASYNC_READ, _BIG_WRITES, _ASYNC_DIO, _MAX_PAGES = 1 << 0, 1 << 5, 1 << 15, 1 << 22
+_WANTED = _ASYNC_READ | _BIG_WRITES | _ASYNC_DIO | _MAX_PAGES
+_FOPEN_DIRECT_IO, _FOPEN_PARALLEL_DIRECT_WRITES = 1 << 0, 1 << 6
+_FATTR_SIZE = 1 << 3
+_KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10
+
+
+class _FuseRequest:
+    """One READ, WRITE or FSYNC of the kernel's."""
+
+    __slots__ = ("fd", "length", "offset", "op", "payload", "started", "unique")
+
+    def __init__(self, fd: int, unique: int, op: int, offset: int, length: int, payload: bytes = b"") -> None:
+        self.fd = fd
+        self.unique = unique
+        self.op = op
+        self.offset = offset
+        self.length = length
+        self.payload = payload
+        self.started = time.perf_counter()
+
+    def finish(self, error: int, data: bytes) -> None:
+        if error:
+            _answer_error(self.fd, self.unique, error)
+        elif self.op == WRITE:
+            _send(self.fd, _WRITE_OUT.pack(24, 0, self.unique, self.length, 0))
+        elif data:
+            with contextlib.suppress(OSError):
+                os.writev(self.fd, (_OUT.pack(16 + len(data), 0, self.unique), data))
+        else:
+            _send(self.fd, _OUT.pack(16, 0, self.unique))
+
+
+class _Piece:
+    """A part of a discard."""
+
+    __slots__ = ("discard", "length", "offset", "op", "payload", "started")
+
+    def __init__(self, discard: _Discard, offset: int, length: int) -> None:
+        self.discard = discard
+        self.op = UNMAP
+        self.offset = offset
+        self.length = length
+        self.payload = b""
+        self.started = time.perf_counter()
+
+    def finish(self, error: int, data: bytes) -> None:
+        self.discard.piece_done(error)
+
+
+class _Discard:
+    """One FALLOCATE, answered when all its pieces are."""
+
+    def __init__(self, fd: int, unique: int, volume: BlockVolume, offset: int, end: int) -> None:
+        self._fd = fd
+        self._unique = unique
+        self._volume = volume
+        self._next = offset
+        self._end = end
+        self._under_way = 0
+        self._error = 0
+
+    def start(self) -> None:
+        while self._next < self._end and self._under_way < _UNMAP_AT_ONCE and not self._error:
+            # pieces end where regions end, whatever the discard starts with
+            length = min(_UNMAP_PIECE - self._next % _UNMAP_PIECE, self._end - self._next)
+            piece = _Piece(self, self._next, length)
+            self._next += length
+            self._under_way += 1
+            self._volume.submit(piece)
+
+    def piece_done(self, error: int) -> None:
+        self._under_way -= 1
+        self._error = self._error or error
+        self.start()
+        if not self._under_way:
+            if self._error:
+                _answer_error(self._fd, self._unique, self._error)
+            else:
+                _send(self._fd, _OUT.pack(16, 0, self._unique))
+
+
+def _send(fd: int, answer: bytes) -> None:
+    # the kernel may have given the request up (ENOENT) or the connection (ENODEV): the reader learns of the latter
+    with contextlib.suppress(OSError):
+        os.write(fd, answer)
+
+
+def _answer(fd: int, unique: int, body: bytes = b"") -> None:
+    _send(fd, _OUT.pack(16 + len(body), 0, unique) + body)
+
+
+def _answer_error(fd: int, unique: int, code: int) -> None:
+    _send(fd, _OUT.pack(16, -code, unique))
+
+
+class _Session:
+    def __init__(self, volume: BlockVolume, fd: int) -> None:
+        self.ended = trio.Event()
+        self._volume = volume
+        self._fd = fd
+        self._head = bytearray(_HEAD)
+        # page-aligned, so that the kernel copies whole pages
+        self._data = memoryview(mmap.mmap(-1, MAX_IO))
+        self._iov: list[bytearray | memoryview] = [self._head, self._data]
+        self._rare: dict[int, Callable[[int], None]] = {
+            _INIT: self._init,
+            _GETATTR: self._getattr,
+            _SETATTR: self._setattr,
+            _OPEN: self._open,
+            _STATFS: self._statfs,
+            _FALLOCATE: self._fallocate,
+            _RELEASE: self._nothing,
+            _FLUSH: self._nothing,
+            _DESTROY: self._destroy,
+        }
+
+    async def loop(self) -> None:
+        fd = self._fd
+        while not self.ended.is_set():
+            await trio.lowlevel.wait_readable(fd)
+            self._drain()
+            self._volume.kick()
+
+    def _drain(self) -> None:
+        fd, head, data, iov = self._fd, self._head, self._data, self._iov
+        volume, size = self._volume, self._volume.size
+        unpack, readv = _REQUEST.unpack_from, os.readv
+        for _ in range(_BATCH):
+            try:
+                readv(fd, iov)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno == errno.ENODEV:
+                    self.ended.set()
+                    return
+                if error.errno in (errno.ENOENT, errno.EINTR):
+                    continue
+                raise
+            _, opcode, unique, _, _, _, _, _, _, _, offset, length, _, _, _, _ = unpack(head)
+            if opcode == _WRITE:
+                if offset + length > size:
+                    _answer_error(fd, unique, errno.ENOSPC)
+                else:
+                    volume.submit(_FuseRequest(fd, unique, WRITE, offset, length, bytes(data[:length])))
+            elif opcode == _READ:
+                length = min(length, size - offset)
+                if length <= 0:
+                    _answer(fd, unique)
+                else:
+                    volume.submit(_FuseRequest(fd, unique, READ, offset, length))
+            elif opcode == _FSYNC:
+                # never ENOSYS: the kernel would take every later flush for granted
+                volume.submit(_FuseRequest(fd, unique, FLUSH, 0, 0))
+            elif opcode in (_FORGET, _BATCH_FORGET, _INTERRUPT):
+                # no answer is expected; an interrupted request is finished as any other
+                continue
+            else:
+                self._rare.get(opcode, self._unknown)(unique)
+
+    def _unknown(self, unique: int) -> None:
+        _answer_error(self._fd, unique, errno.ENOSYS)
+
+    def _nothing(self, unique: int) -> None:
+        _answer(self._fd, unique)
+
+    def _destroy(self, unique: int) -> None:
+        _answer(self._fd, unique)
+        self.ended.set()
+
+    def _init(self, unique: int) -> None:
+        major, minor, readahead, flags = _INIT_IN.unpack_from(self._head, _BODY)
+        if major != 7 or minor < 31:
+            _answer_error(self._fd, unique, errno.EPROTO)
+            raise FrontendError(f"the kernel speaks FUSE {major}.{minor}; 7.31 or later is needed")
+        body = _INIT_OUT.pack(
+            7,
+            min(minor, _MINOR),
+            readahead,
+            flags & _WANTED,
+            _MAX_BACKGROUND,
+            _MAX_BACKGROUND * 3 // 4,
+            MAX_IO,
+            1,
+            MAX_IO // mmap.PAGESIZE,
+            0,
+            0,
+        )
+        _answer(self._fd, unique, body)
+
+    def _attributes(self) -> bytes:
+        size = self._volume.size
+        times = (0, 0, 0)
+        return _ATTR_OUT.pack(
+            3600,
+            0,
+            0,
+            1,
+            size,
+            size // 512,
+            *times,
+            0,
+            0,
+            0,
+            stat.S_IFREG | 0o600,
+            1,
+            os.getuid(),
+            os.getgid(),
+            0,
+            4096,
+            0,
+        )
+
+    def _getattr(self, unique: int) -> None:
+        _answer(self._fd, unique, self._attributes())
+
+    def _setattr(self, unique: int) -> None:
+        valid, _, _, size = struct.unpack_from("<IIQQ", self._head, _BODY)
+        if valid & _FATTR_SIZE and size != self._volume.size:
+            # a block device does not change its size by truncate
+            _answer_error(self._fd, unique, errno.EPERM)
+        else:
+            _answer(self._fd, unique, self._attributes())
+
+    def _open(self, unique: int) -> None:
+        # no page cache in between: the loop driver would pay for a copy, and a stale page could outlive a resync
+        _answer(self._fd, unique, _OPEN_OUT.pack(1, _FOPEN_DIRECT_IO | _FOPEN_PARALLEL_DIRECT_WRITES, 0))
+
+    def _statfs(self, unique: int) -> None:
+        blocks = self._volume.size // 4096
+        _answer(self._fd, unique, _STATFS_OUT.pack(blocks, 0, 0, 0, 0, 4096, 255, 4096, 0))
+
+    def _fallocate(self, unique: int) -> None:
+        _, offset, length, mode, _ = _FALLOCATE_IN.unpack_from(self._head, _BODY)
+        # an unmapped range reads as zeros, so both kinds are one
+        if mode not in (_PUNCH_HOLE | _KEEP_SIZE, _ZERO_RANGE | _KEEP_SIZE):
+            _answer_error(self._fd, unique, errno.EOPNOTSUPP)
+            return
+        end = min(offset + length, self._volume.size)
+        if end <= offset:
+            _answer(self._fd, unique)
+            return
+        _Discard(self._fd, unique, self._volume, offset, end).start()
+
+
+class DeviceFrontend:
+    name = "device"
+
+    @contextlib.asynccontextmanager
+    async def serve(self, volume: BlockVolume, fuse_fd: int) -> AsyncIterator[_Session]:
+        os.set_blocking(fuse_fd, False)
+        session = _Session(volume, fuse_fd)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(session.loop)
+            yield session
+            nursery.cancel_scope.cancel()
