@@ -125,6 +125,13 @@ def check_program(name: str, why: str, make: Callable[[str, str, str], Check]) -
         return make(f"program: {name}", f"not installed: {why}", f"apt-get install {package}")
 
 
+def check_mtab() -> Check:
+    """ganesha finds filesystems in /etc/mtab; without it handles carry no UUID."""
+    if os.path.exists("/etc/mtab"):
+        return passed("mtab", "/etc/mtab lists mounts")
+    return failed("mtab", "/etc/mtab is missing", "ln -s /proc/self/mounts /etc/mtab")
+
+
 def check_nfs_port(address: str, port: int) -> Check:
     name = f"port {port}"
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -197,6 +204,7 @@ def examine(data_dir: Path, address: str, port: int) -> list[Check]:
         check_filesystem("nfs4", known, "needed only to mount shares on this machine", warning),
         *(check_program(name, why, failed) for name, why in _PROGRAM_PACKAGES.items()),
         *(check_program(name, why, warning) for name, why in _OPTIONAL_PROGRAMS.items()),
+        check_mtab(),
         check_nfs_port(address, port),
         check_direct_io(data_dir),
         check_space(data_dir),

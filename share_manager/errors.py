@@ -104,6 +104,20 @@ class KernelFeatureError(EnvironmentProblem):
         return f"{self.feature}: {self.remedy}"
 
 
+class HandleError(EnvironmentProblem):
+    """File handles would carry a device number, which changes with the machine, instead of the filesystem's UUID."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__(device)
+        self.device = device
+
+    def __str__(self) -> str:
+        return (
+            "ganesha does not know the filesystem's UUID, so clients would get stale handles after a failover: check "
+            f"that `blkid -p {self.device}` shows it and that /etc/mtab lists mounts"
+        )
+
+
 class RuntimeProblem(ShareManagerError):  # noqa: N818 - beside EnvironmentProblem
     """It was worth trying, and failed."""
 

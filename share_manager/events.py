@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import select
 import sys
 import time
 from typing import IO, Any, Literal, Protocol
@@ -11,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 Level = Literal["info", "warning", "error"]
+_PATIENCE_MS = 1000
 
 
 class Sink(Protocol):
@@ -63,7 +66,9 @@ class ConsoleSink:
         line = Text.assemble(
             (time.strftime("%H:%M:%S "), "dim"), (message, "bold green" if event == "ready" else style)
         )
-        self._console.print(line, soft_wrap=True)
+        # the terminal may be gone
+        with contextlib.suppress(OSError):
+            self._console.print(line, soft_wrap=True)
 
 
 class ListSink:
@@ -77,9 +82,19 @@ class ListSink:
 
 
 def _write(out: IO[str], line: str) -> None:
-    # a reader that went away must not take the share down
+    """A reader that went away, or that reads no more, must neither take the share down nor hold it up."""
     try:
+        descriptor = out.fileno()
+    except (OSError, ValueError, AttributeError):
+        descriptor = -1
+    try:
+        if descriptor >= 0:
+            poll = select.poll()
+            poll.register(descriptor, select.POLLOUT)
+            # a pipe is ready when a whole line of up to PIPE_BUF (4096) bytes fits
+            if not poll.poll(_PATIENCE_MS):
+                return
         out.write(line + "\n")
         out.flush()
-    except (BrokenPipeError, ValueError):
+    except (OSError, ValueError):
         pass

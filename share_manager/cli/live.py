@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Protocol
 
@@ -47,8 +48,8 @@ class LiveView:
         self._last: tuple[float, int, int, int] | None = None
 
     async def run(self, share: Watched) -> None:
-        """Until cancelled."""
-        with Live(console=self._console, auto_refresh=False, transient=True) as live:
+        """Until cancelled, or until the terminal is gone."""
+        with contextlib.suppress(OSError), Live(console=self._console, auto_refresh=False, transient=True) as live:
             while True:
                 live.update(self.render(await share.status(), time.monotonic()), refresh=True)
                 await trio.sleep(1.0)

@@ -48,6 +48,7 @@ class Attachment:
         self.client = client
         self.device = ""
         self.broken: str | None = None
+        self.fenced: FencedOffError | None = None
         self.before_abort: list[Callable[[], None]] = []
         """What must be dead before hanging requests are failed."""
         self.status: EngineStatus | None = None
@@ -176,7 +177,10 @@ async def _watch_exit(attachment: Attachment) -> None:
     with trio.move_on_after(0.2):
         await attachment.engine.closed.wait()
     if not attachment.leaving:
-        attachment.break_off(str(attachment.failure()))
+        failure = attachment.failure()
+        if isinstance(failure, FencedOffError):
+            attachment.fenced = failure
+        attachment.break_off(str(failure))
 
 
 async def _follow_status(attachment: Attachment, policy: Policy) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from engine.record import VolumeRecord
-from share_manager.errors import FencedOffError, RuntimeProblem, ShareManagerError
+from share_manager.errors import RuntimeProblem
 from share_manager.events import Reporter
 from share_manager.paths import VolumePaths
 from share_manager.share.attachment import Attachment, attach
@@ -28,7 +28,7 @@ from share_manager.share.daemon import (
 from share_manager.share.replicas import ReplicaServer, run_replicas
 from share_manager.share.state import StateFile
 from share_manager.share.status import ProcessInfo, Restarts, ShareStatus, engine_info
-from share_manager.share.supervise import EngineExit, Policy
+from share_manager.share.supervise import Policy
 from share_manager.volumes import volume_lock
 
 
@@ -90,12 +90,7 @@ class BlockFile:
             )
             await trio.sleep_forever()
         self.attachment = None
-        raise self._failure(attachment)
-
-    def _failure(self, attachment: Attachment) -> ShareManagerError:
-        if attachment.engine.returncode == EngineExit.FENCED:
-            return FencedOffError(self.paths.volume, attachment.broken or "")
-        return RuntimeProblem(f"{attachment.broken}; the block file is gone: attach again")
+        raise attachment.fenced or RuntimeProblem(f"{attachment.broken}; the block file is gone: attach again")
 
     async def status(self) -> ShareStatus:
         record, attachment = self.record, self.attachment

@@ -57,7 +57,7 @@ from share_manager.share.status import (
     ShareStatus,
     engine_info,
 )
-from share_manager.share.supervise import Backoff, EngineExit, Policy
+from share_manager.share.supervise import Backoff, Policy
 from share_manager.volumes import create_volume, delete_volume, open_volume, volume_lock
 
 REPAIRABLE = (ShareManagerError, EngineError, GaneshaError, OSError)
@@ -346,8 +346,8 @@ class Share:
                     ) as room,
                 ):
                     await self._export(attachment, self.mounted, room, state)
-            if attachment.engine.returncode == EngineExit.FENCED:
-                raise FencedOffError(self.paths.volume, attachment.broken or "")
+            if attachment.fenced is not None:
+                raise attachment.fenced
             return attachment.broken or "the attachment ended"
         finally:
             self.attachment = self.mounted = None

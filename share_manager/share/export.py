@@ -15,17 +15,14 @@ from ganesha import (
     Ganesha,
     GaneshaError,
     HealthError,
-    Nfs4Error,
     ServerConfig,
     Squash,
     StartError,
     StopError,
     consolidate,
-    export_handle,
-    handle_carries_uuid,
     run_ganesha,
 )
-from share_manager.errors import EnvironmentProblem, GaveUpError
+from share_manager.errors import GaveUpError, HandleError
 from share_manager.events import Reporter
 from share_manager.paths import VolumePaths
 from share_manager.share.attachment import Attachment
@@ -144,7 +141,8 @@ class Exporter:
                 attachment.before_abort.append(server.kill)
                 self._state.process("ganesha", server.pid)
                 await server.wait_ready(READY_TIMEOUT)
-                await self._verify_handle(mounted)
+                if not server.carries_uuid(EXPORT_ID, mounted.uuid):
+                    raise HandleError(mounted.device)
                 self.server = server
                 await on_ready()
                 decision, reason = await self._watch(server, attachment, mounted, room)
@@ -171,26 +169,6 @@ class Exporter:
         with trio.move_on_after(10, shield=True):
             while start_time(error.pid) is not None:  # noqa: ASYNC110 - its waiter has given up
                 await trio.sleep(0.05)
-
-    async def _verify_handle(self, mounted: Mounted) -> None:
-        """File handles must name the filesystem, not a device number that changes with the machine.
-
-        Raises EnvironmentProblem.
-        """
-        host, port = self._config.connect_host, self._config.port
-        try:
-            handle = await export_handle(host, port, self._config.exports[0].pseudo, 5.0)
-        except Nfs4Error:
-            # --allow leaves this machine out; nothing is known then, and nothing is wrong
-            return
-        except HealthError as error:
-            self._report.warn("handle_unknown", f"the export's file handle cannot be read: {error}")
-            return
-        if not handle_carries_uuid(handle, mounted.uuid):
-            raise EnvironmentProblem(
-                "ganesha does not know the filesystem's UUID, so clients would get stale handles after a failover: "
-                f"check that `blkid -p {mounted.device}` shows it"
-            )
 
     async def _watch(
         self, server: Ganesha, attachment: Attachment, mounted: Mounted, room: PrivateRoom

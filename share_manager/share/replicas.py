@@ -51,7 +51,7 @@ class ReplicaServer:
             if backoff.quick_failures < 3 or backoff.quick_failures % 4 == 0:
                 again = f" again in {pause:.1f} s" if pause else " again"
                 report.warn(
-                    "replica_died", f"replica {self.name}: {self.failure}; starting it{again}", replica=self.name
+                    "replica_died", f"{self.failure}; starting it{again}", replica=self.name, reason=self.failure
                 )
             await trio.sleep(pause)
             self.restarts += 1
@@ -67,7 +67,7 @@ class ReplicaServer:
             child = self._child = await start_child(f"replica {self.name}", argv, self._paths.log / f"{self.name}.log")
             state.process(self.name, child.pid)
         except OSError as error:
-            self.failure = f"cannot be started: {error}"
+            self.failure = f"replica {self.name} cannot be started: {error}"
             self.tried.set()
             return
         async with trio.open_nursery() as nursery:
@@ -115,7 +115,7 @@ async def run_replicas(
                 await server.tried.wait()
             up = [server.name for server in servers if server.listening]
             if not up:
-                reasons = "; ".join(f"{server.name}: {server.failure}" for server in servers)
+                reasons = "; ".join(server.failure for server in servers)
                 raise NoReplicaAvailableError(paths.volume, f"no replica of volume {paths.volume} starts: {reasons}")
             report.emit("replicas_up", f"replicas up: {', '.join(up)}", replicas=up)
             yield servers
