@@ -6,10 +6,12 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 
 from cyclopts import App, CycloptsError
 
 from share_manager.errors import exit_status_of, is_ours, leaves
+from share_manager.events import JsonSink, Reporter
 
 COMMANDS = {
     "serve": ("share_manager.cli.serve:serve", "Serve a volume over NFSv4."),
@@ -67,24 +69,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as caught:
         if os.environ.get("SHARE_MANAGER_DEBUG"):
             raise
-        return _tell_error(caught)
+        return _tell_error(caught, wants_json(words))
     finally:
         _close_output()
 
 
-def _tell_error(caught: Exception) -> int:
+def wants_json(words: Sequence[str]) -> bool:
+    return "--output=json" in words or ("--output", "json") in pairwise(words)
+
+
+def _tell_error(caught: Exception, as_json: bool) -> int:
     found = leaves(caught)
     ours = [error for error in found if is_ours(error)]
     if ours:
-        # the gravest class decides when several things failed at once; usually there is one
-        return _tell(_one_line(str(ours[0]) or type(ours[0]).__name__), exit_status_of(ours[0]))
-    error = found[0]
-    where = _where(error)
-    return _tell(
-        f"a defect of share-manager: {type(error).__name__}: {_one_line(str(error))}{where}; "
-        "set SHARE_MANAGER_DEBUG=1 for the traceback and report it",
-        1,
-    )
+        error, status = ours[0], exit_status_of(ours[0])
+        line = _one_line(str(error) or type(error).__name__)
+    else:
+        error, status = found[0], 1
+        line = (
+            f"a defect of share-manager: {type(error).__name__}: {_one_line(str(error))}{_where(error)}; "
+            "set SHARE_MANAGER_DEBUG=1 for the traceback and report it"
+        )
+    if as_json:
+        # whoever reads steps learns how they ended
+        Reporter(JsonSink()).emit("failed", line, level="error", error=type(error).__name__, exit_status=status)
+    return _tell(line, status)
 
 
 def _where(error: BaseException) -> str:

@@ -16,11 +16,13 @@ from share_manager import units
 from share_manager.cli.common import (
     DEFAULT_DATA_DIR,
     DataDir,
+    Steps,
     Table,
     VolumeName,
     plain_grid,
     plain_table,
     print_json,
+    reporter,
     table_console,
 )
 from share_manager.errors import UsageError, VolumeBusyError
@@ -175,6 +177,7 @@ def resize(
     /,
     *,
     data_dir: DataDir = DEFAULT_DATA_DIR,
+    output: Steps = "text",
 ) -> None:
     """Grow a volume that is not served; its filesystem grows at the next `serve`.
 
@@ -187,7 +190,9 @@ def resize(
     with volume_lock(paths, "before it is resized"):
         _refuse_orphan(paths, "before it is resized")
         record = resize_volume(paths, wanted)
-    sys.stdout.write(f"volume {volume} has {units.format_size(record.size)}\n")
+    reporter(output).emit(
+        "resized", f"volume {volume} has {units.format_size(record.size)}", volume=volume, size_bytes=record.size
+    )
 
 
 @app.command
@@ -197,6 +202,7 @@ def delete(
     *,
     yes: Annotated[bool, Parameter(negative=(), help="Do not ask.")] = False,
     data_dir: DataDir = DEFAULT_DATA_DIR,
+    output: Steps = "text",
 ) -> None:
     """Delete a volume that is not served, with all its data. Asks first.
 
@@ -211,7 +217,7 @@ def delete(
             _ask(volume)
         trio.run(clear, paths)
         delete_volume(paths)
-    sys.stdout.write(f"volume {volume} is deleted\n")
+    reporter(output).emit("deleted", f"volume {volume} is deleted", volume=volume)
 
 
 def _refuse_orphan(paths: VolumePaths, wanted: str) -> None:

@@ -143,6 +143,8 @@ def test_another_size(root: None, tmp_path: Path) -> None:
     done = run_command("serve", "v", "--size", "128Mi", "--data-dir", str(tmp_path), "--output", "json")
     assert done.returncode == 4
     assert "has 64Mi, not 128Mi" in done.stderr
+    failed = json.loads(done.stdout.splitlines()[-1])
+    assert (failed["event"], failed["error"], failed["exit_status"]) == ("failed", "SizeMismatchError", 4)
     assert "volume resize v" in done.stderr
 
 
