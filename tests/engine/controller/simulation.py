@@ -127,6 +127,8 @@ class Cell:
 
     possible: set[int]
     acked: bool = False
+    # once a read has said which of several values it is
+    seen: Cell | None = None
 
 
 @dataclass
@@ -168,15 +170,16 @@ class Judge:
         self.acknowledged += 1
         if ask.op == ops.READ:
             self.reads += 1
-            for i, (cell, value) in enumerate(zip(ask.cells, data, strict=True)):
+            for i, (asked, value) in enumerate(zip(ask.cells, data, strict=True)):
+                cell = asked.seen or asked
                 assert value in cell.possible, (
                     f"block {ask.offset + i} read as {value}, only {sorted(cell.possible)} are possible"
                 )
                 history = self.cells[ask.offset + i]
                 if len(cell.possible) > 1 and cell in history:
                     # seen is not yet durable: a power loss may still bring back what was possible before
-                    history.insert(history.index(cell), Cell(cell.possible, acked=True))
-                cell.possible = {value}
+                    cell.seen = Cell({value}, acked=True)
+                    history.insert(history.index(cell) + 1, cell.seen)
         elif ask.op == ops.FLUSH:
             for block, floor in ask.upto.items():
                 history = self.cells[block]
