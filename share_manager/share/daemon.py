@@ -76,6 +76,8 @@ SERVE_PROGRAMS = (
 DEFAULT_SIZE = 10 << 30
 _EMPTY_FILESYSTEM = 8 << 20
 _FULL = 4 << 20
+_LOW = 256 << 20
+_DISK_INTERVAL = 10.0
 DEFAULT_REPLICAS = 3
 
 
@@ -195,6 +197,20 @@ def disk_full(directory: Path) -> DiskError:
     return DiskError(directory, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
 
+async def watch_disk(directory: Path, report: Reporter) -> None:
+    """Say so when the disk below the replicas runs full: clients then get ENOSPC from a volume that is not full."""
+    low = False
+    while True:
+        free = free_bytes(directory)
+        if free < _LOW and not low:
+            message = f"only {free >> 20} MiB free in {directory}: clients get errors when it is full; free some space"
+            report.warn("disk_low", message, free_bytes=free, data_dir=str(directory))
+        elif free > 2 * _LOW and low:
+            report.emit("disk_ok", f"{free >> 20} MiB free in {directory}", free_bytes=free, data_dir=str(directory))
+        low = free < _LOW or (low and free <= 2 * _LOW)
+        await trio.sleep(_DISK_INTERVAL)
+
+
 def undo_creation(paths: VolumePaths) -> None:
     """For a volume whose very first start failed: nobody has written to it."""
     with contextlib.suppress(ShareManagerError):
@@ -270,6 +286,7 @@ class Share:
             background() as tasks,
         ):
             tasks.start_soon(answer)
+            tasks.start_soon(watch_disk, self.paths.data_dir, self.report)
             if self.options.metrics_port:
                 # imported late: most runs have no use for a web server
                 from share_manager.metrics import serve_metrics
@@ -297,10 +314,12 @@ class Share:
                 if error is None or not self._was_ready:
                     raise
                 reason, patient = str(error), isinstance(error, (NoReplicaAvailableError, NoReplicaError))
+            if is_full(self.paths.data_dir):
+                reason, patient = f"{reason}; {disk_full(self.paths.data_dir)}", True
             self.state = "repairing"
             self.last_failure = reason
             pause = backoff.failed(trio.current_time())
-            # replicas that are away come back when their machine does: that is waited for, however long
+            # replicas that are away come back when their machine does, and somebody frees the disk: that is waited for
             if backoff.quick_failures >= policy.give_up_after and not patient:
                 raise GaveUpError(backoff.quick_failures, reason)
             again = f" in {pause:.1f} s" if pause else ""
@@ -452,6 +471,7 @@ class Share:
             ),
             nfs=io,
             started_at=self.started_at,
+            data_dir_free_bytes=free_bytes(self.paths.data_dir),
             metrics=metrics_url(self.host, self.options.metrics_port),
             last_failure=self.last_failure,
         )

@@ -98,6 +98,7 @@ class ShareStatus(msgspec.Struct, frozen=True, kw_only=True):
     restarts: Restarts = Restarts()
     nfs: NfsIo | None = None
     started_at: float | None = None
+    data_dir_free_bytes: int | None = None
     metrics: str | None = None
     last_failure: str = ""
 
