@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from share_manager.errors import PACKAGES
+from tests.conftest import PROGRAMS
 from tests.project.common import ROOT, apt_list
 
 Setup = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -37,6 +38,10 @@ def test_a_package_is_in_one_list_only() -> None:
     names = [name for part in ("runtime", "build", "test") for name in apt_list(part)]
     assert len(names) == len(set(names))
     assert all(re.fullmatch(r"[a-z0-9][a-z0-9.+-]+", name) for name in names)
+
+
+def test_what_the_lab_needs_is_installed_for_tests() -> None:
+    assert set(PROGRAMS.values()) <= {*apt_list("runtime"), *apt_list("test")}
 
 
 def test_what_errors_tell_people_to_install_is_installed_by_make() -> None:
