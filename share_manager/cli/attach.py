@@ -11,7 +11,7 @@ from share_manager import units
 from share_manager.cli.common import DEFAULT_DATA_DIR, DataDir, Steps, VolumeName, reporter, terminal
 from share_manager.paths import VolumePaths
 from share_manager.share.blockdev import BlockFile
-from share_manager.share.daemon import VolumeOptions, require_root
+from share_manager.share.session import VolumeOptions, require_root
 from share_manager.volumes import make_data_dir
 
 

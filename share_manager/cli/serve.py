@@ -11,9 +11,11 @@ from share_manager import units
 from share_manager.cli.common import DEFAULT_DATA_DIR, DataDir, Steps, VolumeName, reporter, terminal
 from share_manager.errors import InvalidValueError
 from share_manager.paths import VolumePaths
-from share_manager.share.daemon import ServeOptions, Share, VolumeOptions, require_root
+from share_manager.share.daemon import ServeOptions, Share
 from share_manager.share.export import ExportOptions
-from share_manager.share.filesystem import DEFAULT_KIND, FilesystemOptions
+from share_manager.share.filesystem import FilesystemOptions
+from share_manager.share.formatting import DEFAULT_KIND
+from share_manager.share.session import VolumeOptions, require_root
 from share_manager.volumes import make_data_dir
 
 

@@ -13,8 +13,8 @@ from share_manager.cli.common import DEFAULT_DATA_DIR, DataDir, Steps, VolumeNam
 from share_manager.errors import InvalidValueError, TimeoutProblem, VolumeBusyError
 from share_manager.events import Reporter
 from share_manager.paths import VolumePaths
-from share_manager.share.daemon import clear_leftovers, require_root
 from share_manager.share.leftovers import send
+from share_manager.share.session import clear_leftovers, require_root
 from share_manager.share.state import read_state
 from share_manager.volumes import find_volume, lock_holder, volume_lock
 

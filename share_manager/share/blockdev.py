@@ -15,17 +15,17 @@ from share_manager.paths import VolumePaths
 from share_manager.share.attachment import Attachment, attach
 from share_manager.share.background import background
 from share_manager.share.control import control_socket
-from share_manager.share.daemon import (
+from share_manager.share.replicas import ReplicaServer, run_replicas
+from share_manager.share.session import (
     VolumeOptions,
     clear_leftovers,
     leave_on_signals,
     open_or_create,
-    replica_infos,
     require_root,
     runtime,
     undo_creation,
 )
-from share_manager.share.replicas import ReplicaServer, run_replicas
+from share_manager.share.snapshot import replica_infos
 from share_manager.share.state import StateFile
 from share_manager.share.status import ProcessInfo, Restarts, ShareStatus, engine_info
 from share_manager.share.supervise import Policy

@@ -6,62 +6,63 @@ ganesha ends the attachment and everything on it, and the loop in `Share.run` ma
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import math
 import os
-import signal
-import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 
 import msgspec
 import trio
 
 from engine.errors import EngineError, FencedError, NoReplicaError
 from engine.record import VolumeRecord
-from ganesha import DbusError, GaneshaError, RecoveryError
+from ganesha import GaneshaError
 from share_manager import units
 from share_manager.errors import (
-    AddressError,
-    DiskError,
     FencedOffError,
     GaveUpError,
     NoReplicaAvailableError,
-    NotRootError,
-    PortInUseError,
     RuntimeProblem,
     ShareManagerError,
     leaves,
 )
 from share_manager.events import Reporter
 from share_manager.paths import VolumePaths
-from share_manager.share import leftovers
 from share_manager.share.attachment import Attachment, attach
 from share_manager.share.background import background
 from share_manager.share.commands import find_program
 from share_manager.share.control import control_socket
+from share_manager.share.disk import disk_full, free_bytes, is_full, watch_disk
 from share_manager.share.export import Exporter, ExportOptions, server_config
 from share_manager.share.filesystem import FilesystemOptions, Mounted, mounted
 from share_manager.share.private import PrivateRoom, image_size, private_room
 from share_manager.share.replicas import ReplicaServer, run_replicas
-from share_manager.share.state import RunState, StateFile
+from share_manager.share.session import (
+    DEFAULT_REPLICAS,
+    DEFAULT_SIZE,
+    VolumeOptions,
+    check_port,
+    clear_leftovers,
+    leave_on_signals,
+    open_or_create,
+    reachable_host,
+    require_root,
+    runtime,
+    undo_creation,
+)
+from share_manager.share.snapshot import metrics_url, nfs_status, replica_infos, used_bytes
+from share_manager.share.state import StateFile
 from share_manager.share.status import (
-    ClientInfo,
     GaneshaInfo,
-    NfsIo,
     ProcessInfo,
-    ReplicaInfo,
     Restarts,
     ShareStatus,
     engine_info,
 )
 from share_manager.share.supervise import Backoff, Policy
-from share_manager.volumes import create_volume, delete_volume, open_volume, volume_lock
+from share_manager.volumes import volume_lock
 
 REPAIRABLE = (ShareManagerError, EngineError, GaneshaError, OSError)
-COMMON_PROGRAMS = ("losetup",)
 SERVE_PROGRAMS = (
     "losetup",
     "blkid",
@@ -73,19 +74,7 @@ SERVE_PROGRAMS = (
     "ganesha.nfsd",
     "dbus-daemon",
 )
-DEFAULT_SIZE = 10 << 30
 _EMPTY_FILESYSTEM = 8 << 20
-_FULL = 4 << 20
-_LOW = 256 << 20
-_DISK_INTERVAL = 10.0
-DEFAULT_REPLICAS = 3
-
-
-class VolumeOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """None: as it is, or the default for a new volume."""
-
-    size: int | None = None
-    replicas: int | None = None
 
 
 class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,127 +83,6 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     export: ExportOptions = ExportOptions()
     metrics_port: int = 0
     policy: Policy = Policy()
-
-
-def require_root(command: str) -> None:
-    if os.geteuid() != 0:
-        raise NotRootError(command)
-
-
-def check_port(address: str, port: int, option: str = "--port") -> None:
-    """Raises PortInUseError, AddressError."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-            probe.listen(1)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise PortInUseError(address, port, option) from None
-            raise AddressError(address, port, error.strerror or str(error)) from None
-
-
-def reachable_host(bind: str) -> str:
-    """What a client writes for an address to listen on."""
-    return socket.gethostname() if bind in ("0.0.0.0", "::") else bind
-
-
-@contextlib.asynccontextmanager
-async def leave_on_signals(report: Reporter, on_first: Callable[[], None]) -> AsyncIterator[None]:
-    """SIGINT, SIGTERM or SIGHUP cancels the block, once; a second one changes nothing, for the order must hold."""
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
-        async with trio.open_nursery() as nursery:
-            with trio.CancelScope() as work:
-
-                async def listen() -> None:
-                    asked = False
-                    async for number in signals:
-                        name = signal.Signals(number).name
-                        if asked:
-                            report.emit("still_stopping", f"{name}: still leaving, in order")
-                            continue
-                        asked = True
-                        report.emit("stopping", f"{name}: leaving", signal=name)
-                        on_first()
-                        work.cancel()
-
-                nursery.start_soon(listen)
-                yield
-            nursery.cancel_scope.cancel()
-
-
-@contextlib.asynccontextmanager
-async def runtime(paths: VolumePaths, kind: str) -> AsyncIterator[StateFile]:
-    """The runtime directory, made empty and removed at the end."""
-    paths.run.mkdir(parents=True, mode=0o700, exist_ok=True)
-    state = StateFile(paths.state, RunState(volume=paths.volume, data_dir=str(paths.data_dir), kind=kind))
-    state.process("share-manager", os.getpid())
-    try:
-        yield state
-    finally:
-        with trio.CancelScope(shield=True):
-            await leftovers.clear(paths)
-
-
-async def clear_leftovers(paths: VolumePaths, report: Reporter) -> None:
-    """Raises LeftoverError."""
-
-    def tell(step: str) -> None:
-        report.emit("clearing", f"left over from an earlier run: {step}", step=step)
-
-    if await leftovers.clear(paths, tell):
-        report.emit("cleared", "what an earlier run left behind is gone")
-
-
-def open_or_create(paths: VolumePaths, options: VolumeOptions, report: Reporter) -> tuple[VolumeRecord, bool]:
-    """The volume's record, and whether it was made now."""
-    if paths.directory.exists():
-        return open_volume(paths, size=options.size, replicas=options.replicas), False
-    size = DEFAULT_SIZE if options.size is None else options.size
-    replicas = DEFAULT_REPLICAS if options.replicas is None else options.replicas
-    record = create_volume(paths, size=size, replicas=replicas)
-    report.emit(
-        "created",
-        f"volume {paths.volume} created: {units.format_size(size)}, {replicas} replicas",
-        volume=paths.volume,
-        size_bytes=size,
-        replicas=replicas,
-    )
-    return record, True
-
-
-def free_bytes(directory: Path) -> int:
-    found = os.statvfs(directory)
-    return found.f_bavail * found.f_frsize
-
-
-def is_full(directory: Path) -> bool:
-    return free_bytes(directory) < _FULL
-
-
-def disk_full(directory: Path) -> DiskError:
-    return DiskError(directory, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-
-
-async def watch_disk(directory: Path, report: Reporter) -> None:
-    """Say so when the disk below the replicas runs full: clients then get ENOSPC from a volume that is not full."""
-    low = False
-    while True:
-        free = free_bytes(directory)
-        if free < _LOW and not low:
-            message = f"only {free >> 20} MiB free in {directory}: clients get errors when it is full; free some space"
-            report.warn("disk_low", message, free_bytes=free, data_dir=str(directory))
-        elif free > 2 * _LOW and low:
-            report.emit("disk_ok", f"{free >> 20} MiB free in {directory}", free_bytes=free, data_dir=str(directory))
-        low = free < _LOW or (low and free <= 2 * _LOW)
-        await trio.sleep(_DISK_INTERVAL)
-
-
-def undo_creation(paths: VolumePaths) -> None:
-    """For a volume whose very first start failed: nobody has written to it."""
-    with contextlib.suppress(ShareManagerError):
-        delete_volume(paths)
 
 
 class Share:
@@ -416,32 +284,7 @@ class Share:
         record, attachment, mounted_fs, exporter = self.record, self.attachment, self.mounted, self.exporter
         server = exporter.server if exporter else None
         engine = attachment.engine if attachment is not None and attachment.engine.returncode is None else None
-        clients: tuple[ClientInfo, ...] = ()
-        grace: bool | None = None
-        ends: float | None = None
-        io: NfsIo | None = None
-        if server is not None:
-            with contextlib.suppress(DbusError, RecoveryError):
-                found = await server.grace()
-                grace, ends = found.active, found.ends_at
-                clients = tuple(
-                    ClientInfo(
-                        address=client.address,
-                        versions=client.versions,
-                        last_seen=client.last_seen,
-                        client_ids=client.client_ids,
-                    )
-                    for client in await server.clients()
-                    # others only asked, as our own look at the export's handle did
-                    if client.client_ids
-                )
-                exports = (await server.stats()).exports
-                io = NfsIo(
-                    read_bytes=sum(export.read.bytes_transferred for export in exports),
-                    write_bytes=sum(export.write.bytes_transferred for export in exports),
-                    read_operations=sum(export.read.operations for export in exports),
-                    write_operations=sum(export.write.operations for export in exports),
-                )
+        nfs = await nfs_status(server)
         return ShareStatus(
             volume=self.paths.volume,
             state=self.state,
@@ -453,9 +296,9 @@ class Share:
             size_bytes=record.size if record else 0,
             filesystem=mounted_fs.kind if mounted_fs else None,
             used_bytes=used_bytes(mounted_fs.root) if mounted_fs else None,
-            in_grace=grace,
-            grace_ends_at=ends,
-            clients=clients,
+            in_grace=nfs.in_grace,
+            grace_ends_at=nfs.grace_ends_at,
+            clients=nfs.clients,
             share_manager=ProcessInfo(pid=os.getpid()),
             engine=engine_info(
                 attachment.status if attachment else None, engine.pid if engine else None, str(self.paths.block_file)
@@ -469,50 +312,12 @@ class Share:
                 engine=self.repairs,
                 replicas=sum(server.restarts for server in self.replicas),
             ),
-            nfs=io,
+            nfs=nfs.io,
             started_at=self.started_at,
             data_dir_free_bytes=free_bytes(self.paths.data_dir),
             metrics=metrics_url(self.host, self.options.metrics_port),
             last_failure=self.last_failure,
         )
-
-
-def metrics_url(host: str, port: int) -> str | None:
-    shown = f"[{host}]" if ":" in host else host
-    return f"http://{shown}:{port}/metrics" if port else None
-
-
-def used_bytes(root: Path) -> int | None:
-    try:
-        found = os.statvfs(root)
-    except OSError:
-        return None
-    return (found.f_blocks - found.f_bfree) * found.f_frsize
-
-
-def replica_infos(servers: tuple[ReplicaServer, ...], attachment: Attachment | None) -> tuple[ReplicaInfo, ...]:
-    """What the supervisor knows of the processes, and the engine of their data."""
-    known = (
-        {replica.name: replica for replica in attachment.status.replicas} if attachment and attachment.status else {}
-    )
-    infos = []
-    for server in servers:
-        seen = known.get(server.name)
-        state = seen.state if seen else ("out" if server.pid else "down")
-        infos.append(
-            ReplicaInfo(
-                name=server.name,
-                address=server.record.address,
-                directory=server.record.directory,
-                pid=server.pid,
-                state="down" if server.pid is None and state == "out" else state,
-                reason=(seen.reason if seen else "") or ("" if server.listening else server.failure),
-                resync_done=seen.resync_done if seen else 0,
-                resync_total=seen.resync_total if seen else 0,
-                restarts=server.restarts,
-            )
-        )
-    return tuple(infos)
 
 
 def _repairable(caught: BaseException) -> Exception | None:

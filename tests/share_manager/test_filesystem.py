@@ -14,8 +14,9 @@ import pytest
 
 from share_manager.errors import CommandError, FilesystemKindError, ForeignContentError
 from share_manager.events import ListSink, Reporter
-from share_manager.share import filesystem, private
-from share_manager.share.filesystem import FilesystemOptions, Kind, Mounted
+from share_manager.share import filesystem, formatting, private
+from share_manager.share.filesystem import FilesystemOptions, Mounted
+from share_manager.share.formatting import Kind
 from share_manager.share.procfs import mount_at
 from share_manager.share.supervise import next_ganesha_epoch
 
@@ -76,7 +77,7 @@ async def test_made_once_then_kept(kind: Kind, make_loop: MakeLoop, place: Place
         assert mounted.data.stat().st_mode & 0o7777 == 0o777
         assert mounted.data.stat().st_uid == 1000
     assert place.names().count("formatted") == 1
-    found_uuid = (await filesystem.probe(device))["UUID"]
+    found_uuid = (await formatting.probe(device))["UUID"]
     assert uuid.UUID(found_uuid) == filesystem.filesystem_uuid(VOLUME)
     with pytest.raises(FilesystemKindError):
         async with place.mounted(device, kind="xfs" if kind == "ext4" else "ext4"):
@@ -150,7 +151,7 @@ async def test_formatting_that_fails_leaves_a_blank_volume(
     async def fail(*argv: object, **options: object) -> None:
         raise CommandError(("mkfs.ext4",), 1, "no")
 
-    monkeypatch.setattr(filesystem, "make_filesystem", fail)
+    monkeypatch.setattr(formatting, "make_filesystem", fail)
     with pytest.raises(CommandError):
         async with place.mounted(device):
             pass
