@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from engine.record import FileRecordStore, bump_epoch
 from share_manager.share.procfs import loops_below, mounts_below, processes_naming
 from tests.share_manager.conftest import Running, run_command, runtime_directories
 
@@ -221,3 +222,17 @@ def test_nothing_in_sync_is_a_refusal(start: Start, tmp_path: Path, free_port: i
     share = start(*serve)
     share.wait_event("ready")
     share.stop()
+
+
+def test_a_share_that_lost_its_volume_ends(start: Start, tmp_path: Path, free_port: int) -> None:
+    share = start("serve", "fenced", "--data-dir", str(tmp_path), "--size", "64Mi", "--port", str(free_port))
+    share.wait_event("ready")
+    replica = status_of("fenced", tmp_path)["replicas"][0]["pid"]
+    # somebody else attaches; this engine learns of it when it has to change the record
+    bump_epoch(FileRecordStore(tmp_path / "volumes" / "fenced" / "record.json"))
+    os.kill(replica, signal.SIGKILL)
+    assert share.process.wait(60) == 4
+    _, error = share.stop()
+    assert "attached elsewhere" in error
+    assert len(error.splitlines()) == 1
+    assert left_of("fenced") == []
