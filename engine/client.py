@@ -88,28 +88,52 @@ class _Request(msgspec.Struct, frozen=True):
 MAX_LINE = 1 << 20
 
 
+class _Lines:
+    """Whole lines of a stream. An iterator, not a generator: leaving it early leaves nothing to be finalised."""
+
+    def __init__(self, stream: trio.abc.ReceiveStream) -> None:
+        self._stream = stream
+        self._whole: list[bytes] = []
+        self._rest = b""
+
+    def __aiter__(self) -> _Lines:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self._whole:
+            chunk = await self._stream.receive_some()
+            if not chunk or len(self._rest) > MAX_LINE:
+                raise StopAsyncIteration
+            *whole, self._rest = (self._rest + chunk).split(b"\n")
+            self._whole = whole[::-1]
+        return self._whole.pop()
+
+
+class EventStream:
+    """The events of one engine, as they happen."""
+
+    def __init__(self, lines: _Lines) -> None:
+        self._lines = lines
+
+    def __aiter__(self) -> EventStream:
+        return self
+
+    async def __anext__(self) -> EngineEvent:
+        return msgspec.json.decode(await self._lines.__anext__(), type=EngineEvent)
+
+
 @contextlib.asynccontextmanager
-async def _ask(control: Path, op: str) -> AsyncIterator[AsyncIterator[bytes]]:
+async def _ask(control: Path, op: str) -> AsyncIterator[_Lines]:
     try:
         stream = await trio.open_unix_socket(control)
     except OSError as error:
-        raise EngineUnreachableError(control, str(error)) from error
+        raise EngineUnreachableError(control, error.strerror or str(error)) from error
     async with stream:
         try:
             await stream.send_all(msgspec.json.encode(_Request(op)) + b"\n")
-            yield _lines(stream)
+            yield _Lines(stream)
         except trio.BrokenResourceError as error:
             raise EngineUnreachableError(control, "connection lost") from error
-
-
-async def _lines(stream: trio.abc.ReceiveStream) -> AsyncIterator[bytes]:
-    rest = b""
-    async for chunk in stream:
-        *whole, rest = (rest + chunk).split(b"\n")
-        for line in whole:
-            yield line
-        if len(rest) > MAX_LINE:
-            return
 
 
 class EngineClient:
@@ -128,12 +152,7 @@ class EngineClient:
         raise EngineUnreachableError(self.control, f"no answer within {timeout} s")
 
     @contextlib.asynccontextmanager
-    async def events(self) -> AsyncIterator[AsyncIterator[EngineEvent]]:
+    async def events(self) -> AsyncIterator[EventStream]:
         """Events from now on, beginning with the present state of each replica. Raises EngineUnreachableError."""
         async with _ask(self.control, "events") as lines:
-
-            async def decoded() -> AsyncIterator[EngineEvent]:
-                async for line in lines:
-                    yield msgspec.json.decode(line, type=EngineEvent)
-
-            yield decoded()
+            yield EventStream(lines)

@@ -1,0 +1,267 @@
+"""The engine as its supervisor sees it: a process with a FUSE descriptor, a control socket and exit statuses."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import trio
+
+from engine.client import EngineClient, EngineStatus, EngineUnreachableError
+from engine.frontend import FRONTENDS
+from engine.frontend.fuse_device import FuseDevice
+from engine.launch import EngineConfig, engine_argv
+from engine.record import bump_epoch
+from tests.engine.cluster import Cluster, cluster, until
+
+pytestmark = pytest.mark.system
+
+BLOCK = 4096
+
+
+class Engine:
+    def __init__(self, of: Cluster, name: str = "engine", frontend: str = "pyfuse3", epoch: int | None = None) -> None:
+        self.cluster = of
+        self.control = of.directory / f"{name}.sock"
+        self.device = FuseDevice.mount(of.directory / name)
+        config = EngineConfig(
+            record=str(of.store.path),
+            secret_file=str(of.secret),
+            epoch=bump_epoch(of.store).epoch if epoch is None else epoch,
+            frontend=frontend,
+            fuse_fd=self.device.fd,
+            block_file=str(self.device.path),
+            control=str(self.control),
+            open_timeout=5.0,
+            reconnect_interval=0.1,
+        )
+        with (of.directory / f"{name}.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                engine_argv(config, of.directory / f"{name}.json"),
+                stdout=subprocess.PIPE,
+                stderr=log,
+                pass_fds=(self.device.fd,),
+            )
+        assert self.process.stdout is not None
+        self.first: dict[str, Any] = json.loads(self.process.stdout.readline())
+
+    async def status(self) -> EngineStatus:
+        return await EngineClient(self.control).status()
+
+    async def wait(self) -> int:
+        with trio.fail_after(20):
+            return await trio.to_thread.run_sync(self.process.wait, abandon_on_cancel=True)
+
+    def end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        self.device.abort()
+        self.device.unmount()
+        self.device.close()
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Iterator[Cluster]:
+    with cluster(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def engine(three: Cluster) -> Iterator[Engine]:
+    made = Engine(three)
+    try:
+        yield made
+    finally:
+        made.end()
+
+
+def write(path: Path, offset: int, data: bytes, sync: bool = True) -> None:
+    fd = os.open(path, os.O_RDWR)
+    try:
+        assert os.pwrite(fd, data, offset) == len(data)
+        if sync:
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+async def thread(act: Any, *arguments: Any) -> Any:
+    with trio.fail_after(20):
+        return await trio.to_thread.run_sync(act, *arguments, abandon_on_cancel=True)
+
+
+async def test_every_fsync_of_the_file_is_one_flush_of_every_replicas_disk(three: Cluster, engine: Engine) -> None:
+    assert engine.first["event"] == "ready"
+    before = {name: (await three.status(name)).flushes for name in three.names}
+    for i in range(7):
+        await thread(write, engine.device.path, i * BLOCK, bytes([i]) * BLOCK)
+    for name in three.names:
+        assert (await three.status(name)).flushes == before[name] + 7
+    assert (await engine.status()).operations["flush"].count == 7
+
+
+async def test_status_says_what_runs(three: Cluster, engine: Engine) -> None:
+    status = await engine.status()
+    assert (status.volume, status.state, status.pid, status.epoch) == ("vol", "ready", engine.process.pid, 1)
+    assert {replica.name: replica.state for replica in status.replicas} == dict.fromkeys(three.names, "in_sync")
+    assert status.size == three.size
+
+
+async def test_sigterm_detaches_cleanly_and_everything_is_on_the_replicas(three: Cluster, engine: Engine) -> None:
+    data = os.urandom(3 * BLOCK)
+    await thread(write, engine.device.path, 5 * BLOCK, data, False)
+    engine.process.send_signal(signal.SIGTERM)
+    assert await engine.wait() == 0
+    for name in three.names:
+        assert (await three.status(name)).dirty_regions == 0
+    three.stop()
+    three.assert_identical()
+    assert three.contents("r3")[5 * BLOCK : 8 * BLOCK] == data
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+async def test_a_killed_engine_loses_nothing_that_was_acknowledged(three: Cluster, frontend: str) -> None:
+    rng = Random(3)
+    expected: dict[int, bytes] = {}
+    for _ in range(3):
+        engine = Engine(three, frontend=frontend)
+        try:
+
+            def work(path: Path = engine.device.path) -> None:
+                fd = os.open(path, os.O_RDWR)
+                try:
+                    for block, content in expected.items():
+                        assert os.pread(fd, BLOCK, block * BLOCK) == content
+                    for _ in range(50):
+                        block, data = rng.randrange(three.size // BLOCK), rng.randbytes(BLOCK)
+                        os.pwrite(fd, data, block * BLOCK)
+                        expected[block] = data
+                finally:
+                    os.close(fd)
+
+            await thread(work)
+            engine.process.kill()
+            assert await engine.wait() == -signal.SIGKILL
+        finally:
+            engine.end()
+    async with three.attached() as volume:
+        for block, content in expected.items():
+            assert await volume.read(block * BLOCK, BLOCK) == content
+        await until(lambda: volume.state == "ready")
+    three.stop()
+    three.assert_identical()
+
+
+async def test_a_second_engine_fences_the_first_one_which_exits_with_3(three: Cluster, engine: Engine) -> None:
+    other = Engine(three, "other")
+    try:
+        assert other.first["event"] == "ready"
+        assert await engine.wait() == 3
+        assert engine.process.stdout is not None
+        said = json.loads(engine.process.stdout.readline())
+        assert said["class"] == "FencedError"
+        assert "epoch 2.1" in said["message"]
+        await thread(write, other.device.path, 0, b"x" * BLOCK)
+    finally:
+        other.end()
+
+
+async def test_with_no_replica_it_exits_with_4_and_one_clear_line(three: Cluster) -> None:
+    three.abandon()
+    engine = Engine(three)
+    try:
+        assert engine.first["class"] == "NoReplicaError"
+        assert "none of its in-sync replicas answers" in engine.first["message"]
+        assert await engine.wait() == 4
+    finally:
+        engine.end()
+
+
+async def test_losing_every_replica_ends_it_and_leaves_requests_waiting(three: Cluster, engine: Engine) -> None:
+    outcome: list[int] = []
+
+    async def write_and_wait() -> None:
+        try:
+            await thread(write, engine.device.path, 0, b"y" * BLOCK)
+            outcome.append(0)
+        except OSError as error:
+            outcome.append(error.errno or -1)
+
+    async with trio.open_nursery() as nursery:
+        for name in three.names:
+            os.kill(three.processes[name].pid, signal.SIGSTOP)
+        nursery.start_soon(write_and_wait)
+        await trio.sleep(0.1)
+        three.abandon()
+        assert await engine.wait() == 4
+        assert outcome == []
+        # whoever holds the descriptor decides
+        engine.device.abort()
+    assert outcome
+    assert outcome[0] > 0
+    assert three.store.read().in_sync
+
+
+async def test_an_old_epoch_does_not_even_start(three: Cluster) -> None:
+    bump_epoch(three.store)
+    bump_epoch(three.store)
+    engine = Engine(three, epoch=1)
+    try:
+        assert engine.first["class"] == "FencedError"
+        assert await engine.wait() == 3
+    finally:
+        engine.end()
+
+
+async def test_nonsense_on_the_control_socket_harms_nothing(three: Cluster, engine: Engine) -> None:
+    for noise in (
+        b"\n",
+        b"{}\n",
+        b'{"op": 5}\n',
+        b"x" * 70000 + b"\n",
+        bytes(range(256)) + b"\n",
+        b'{"op": "dance"}\n',
+    ):
+        stream = await trio.open_unix_socket(engine.control)
+        async with stream:
+            with contextlib.suppress(trio.BrokenResourceError):
+                await stream.send_all(noise)
+                assert await stream.receive_some() == b""
+    assert (await engine.status()).state == "ready"
+
+
+async def test_events_tell_of_a_replica_that_leaves_and_returns(three: Cluster, engine: Engine) -> None:
+    seen: list[tuple[str, str]] = []
+    async with EngineClient(engine.control).events() as events:
+        with trio.fail_after(30):
+            async for event in events:
+                seen.append((event.event, event.replica))
+                if len(seen) == 3:
+                    three.kill("r2")
+                    await thread(write, engine.device.path, 0, b"z" * BLOCK)
+                elif event.event == "replica_left":
+                    three.start("r2")
+                elif event.event == "replica_in_sync" and len(seen) > 3:
+                    break
+    assert seen[:3] == [("replica_in_sync", name) for name in three.names]
+    assert [event for event in seen[3:] if event[0] != "resync_progress"] == [
+        ("replica_left", "r2"),
+        ("replica_resyncing", "r2"),
+        ("replica_in_sync", "r2"),
+    ]
+
+
+async def test_an_engine_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
+    with pytest.raises(EngineUnreachableError, match="does not answer"):
+        await EngineClient(tmp_path / "nothing").status()
