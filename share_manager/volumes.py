@@ -7,6 +7,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from share_manager.errors import (
 from share_manager.paths import VolumePaths
 from share_manager.units import check_replicas, format_size
 
+_LOCK_PATIENCE = 0.5
 _BUILDING = ".creating-"
 _DELETING = ".deleting-"
 
@@ -70,6 +72,7 @@ def volume_lock(paths: VolumePaths, wanted: str) -> Iterator[None]:
     """
     directory = paths.data_dir / "volumes"
     path = directory / f".lock-{paths.volume}"
+    patience = time.monotonic() + _LOCK_PATIENCE
     while True:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -78,9 +81,13 @@ def volume_lock(paths: VolumePaths, wanted: str) -> Iterator[None]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+            holder = _read_holder(fd)
             os.close(fd)
-            raise VolumeBusyError(paths.volume, int(holder) if holder.isdigit() else None, wanted) from None
+            # a holder writes down its pid; `status` looks whether there is one by taking a shared lock for an instant
+            if (holder is None or not Path(f"/proc/{holder}").exists()) and time.monotonic() < patience:
+                time.sleep(0.01)
+                continue
+            raise VolumeBusyError(paths.volume, holder, wanted) from None
         # a holder that deleted its volume removes the file: a lock on a removed file guards nothing
         with contextlib.suppress(FileNotFoundError):
             if os.fstat(fd).st_ino == os.stat(path).st_ino:
@@ -99,6 +106,11 @@ def volume_lock(paths: VolumePaths, wanted: str) -> Iterator[None]:
         os.close(fd)
 
 
+def _read_holder(fd: int) -> int | None:
+    holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+    return int(holder) if holder.isdigit() else None
+
+
 def lock_holder(paths: VolumePaths) -> int | None:
     """Pid of whoever holds the volume now, None when it is free."""
     try:
@@ -108,8 +120,7 @@ def lock_holder(paths: VolumePaths) -> int | None:
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
-        return int(holder) if holder.isdigit() else 0
+        return _read_holder(fd) or 0
     else:
         return None
     finally:

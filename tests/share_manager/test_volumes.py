@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,22 @@ def test_one_at_a_time_until_it_dies(paths: VolumePaths) -> None:
     with volumes.volume_lock(paths, "first"):
         assert volumes.lock_holder(paths) == os.getpid()
     assert volumes.lock_holder(paths) is None
+
+
+def test_looking_at_a_volume_does_not_make_it_busy(paths: VolumePaths) -> None:
+    volumes.create_volume(paths, size=64 * MIB, replicas=1)
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            volumes.lock_holder(paths)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for _ in range(200):
+            with volumes.volume_lock(paths, "first"):
+                pass
+    finally:
+        stop.set()
+        looking.join()
