@@ -39,7 +39,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     null_timeout: float = 3.0
     null_misses: int = 3
     engine_silence: float = 30.0
-    stable_after: float = 60.0
+    stable_after: float = 15.0
     give_up_after: int = 10
 
 
@@ -79,7 +79,7 @@ class Backoff:
     `quick_failures` counts the failures in a row that came less than `stable_after` seconds after the last repair.
     """
 
-    def __init__(self, *, first: float = 0.5, factor: float = 2.0, most: float = 30.0, stable_after: float = 60.0):
+    def __init__(self, *, first: float = 0.25, factor: float = 2.0, most: float = 30.0, stable_after: float = 15.0):
         self._first = first
         self._factor = factor
         self._most = most
