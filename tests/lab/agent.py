@@ -4,6 +4,7 @@ Stdlib only: it runs with the guest's own Python. One connection is one job, don
 a Python interpreter in a guest takes most of a second and a fork 50 ms. Lines of JSON both ways:
 
     host   {"op": "run", "argv": [...], "timeout": s} | {"op": "call", "module": m, "function": f, "arguments": {...}}
+           | {"op": "kill", "group": pid of a job}
     guest  {"pid": n}, then {"event": {...}} any number of times, then {"result": ...} or {"error": {...}}
     host   "stop": the job should come to its end (see `tests.lab.workloads.channel`)
 """
@@ -43,6 +44,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         if request["op"] == "run":
             return {"result": run(request["argv"], request["timeout"])}
+        if request["op"] == "kill":
+            # not by the kill program: that of procps 4.0.2 takes a negative number for options
+            os.killpg(request["group"], signal.SIGKILL)
+            return {"result": None}
         function = getattr(importlib.import_module(request["module"]), request["function"])
         return {"result": function(**request["arguments"])}
     except BaseException as error:

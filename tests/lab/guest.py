@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
+from tests.lab import leftovers
 from tests.lab.network import SUBNET, Lab
 
 P = ParamSpec("P")
@@ -101,7 +102,8 @@ class Job(Generic[T]):
     def kill(self) -> None:
         """SIGKILL it and its children, in the guest."""
         if self._outcome is None:
-            self._guest.run("kill", "-9", f"-{self.pid}", check=False)
+            with contextlib.suppress(GuestError):
+                self._guest.kill_group(self.pid)
         self.close()
 
     def close(self) -> None:
@@ -123,7 +125,8 @@ class Job(Generic[T]):
             except TimeoutError:
                 raise TimeoutError(f"{self._guest.name}: {self.what}: no answer in time") from None
             if not data:
-                raise GuestError(self._guest.name, self.what, "its process was killed")
+                detail = f"its process was killed{self._guest.autopsy()}"
+                raise GuestError(self._guest.name, self.what, detail)
             self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\n")
         return cast(dict[str, Any], json.loads(line))
@@ -171,8 +174,9 @@ class Guest:
             f"lab_checkout={CHECKOUT}",
             f"lab_port={AGENT_PORT}",
         ]
+        environment = {"TMPDIR": "/dev/shm", leftovers.TOKEN: str(self.directory)}
         with (self.directory / "console.log").open("ab") as console:
-            self._process = self.lab.popen(argv, stdout=console, stderr=console, env={"TMPDIR": "/dev/shm"})
+            self._process = self.lab.popen(argv, stdout=console, stderr=console, env=environment)
 
     def wait_up(self, budget: float = BOOT_BUDGET) -> None:
         end = time.monotonic() + budget
@@ -187,6 +191,14 @@ class Guest:
 
     def console(self) -> str:
         return (self.directory / "console.log").read_text(errors="replace")
+
+    def autopsy(self) -> str:
+        """What is to be said of a guest that has ended by itself; nothing when it runs."""
+        if self._process is None:
+            return "; it is switched off"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return f"; the guest ended with status {self._process.wait(2)}\n{self.console()[-4000:]}"
+        return ""
 
     def spawn(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Job[T]:
         """Run a function of a workload in the guest, by keyword arguments that JSON can carry."""
@@ -205,6 +217,9 @@ class Guest:
             detail = f"status {answer['status']}: {answer['stdout']}{answer['stderr']}".rstrip()
             raise GuestError(self.name, job.what, detail)
         return subprocess.CompletedProcess(argv, answer["status"], answer["stdout"], answer["stderr"])
+
+    def kill_group(self, pid: int) -> None:
+        self._submit(f"kill {pid}", {"op": "kill", "group": pid}).result()
 
     def kernel_log(self) -> str:
         """What the guest's kernel said since the last call."""
@@ -230,6 +245,9 @@ class Guest:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait(30)
             self._process = None
+            end = time.monotonic() + 10
+            while leftovers.processes(self.directory) and time.monotonic() < end:
+                time.sleep(0.02)
         self.mounts.clear()
         for job in list(self.jobs):
             job.close()
@@ -237,7 +255,10 @@ class Guest:
     close = power_cut
 
     def _submit(self, what: str, request: dict[str, Any]) -> Job[Any]:
-        connection = self.lab.connect(self.address, AGENT_PORT, 20.0)
+        try:
+            connection = self.lab.connect(self.address, AGENT_PORT, 20.0)
+        except OSError as error:
+            raise GuestError(self.name, what, f"the guest does not answer: {error}{self.autopsy()}") from None
         try:
             connection.sendall(json.dumps(request).encode() + b"\n")
             job: Job[Any] = Job(self, what, connection)

@@ -53,7 +53,7 @@ def mark_of(directory: Path) -> str:
 def find(directory: Path, mark: str) -> list[Leftover]:
     """Everything that is left of the lab, or the part of one, with that directory and mark."""
     return [
-        *_processes(directory),
+        *processes(directory),
         *_mounts(directory, mark),
         *_loops(directory, mark),
         *_runtime(mark),
@@ -64,8 +64,8 @@ def find(directory: Path, mark: str) -> list[Leftover]:
 def remove(directory: Path, mark: str, deadline: float = 10.0) -> None:
     """Remove it by force: processes, mounts from the top down, loop devices, the namespace."""
     end = time.monotonic() + deadline
-    while processes := _processes(directory):
-        for process in processes:
+    while alive := processes(directory):
+        for process in alive:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(process.name), signal.SIGKILL)
         if time.monotonic() > end:
@@ -96,7 +96,8 @@ def _quiet(*argv: str) -> int:
         return 124
 
 
-def _processes(directory: Path) -> list[Leftover]:
+def processes(directory: Path) -> list[Leftover]:
+    """The processes that were started for that directory, or for one below it, and their descendants."""
     mark = f"{TOKEN}={directory}/".encode()
     found = []
     for entry in Path("/proc").iterdir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from tests.lab.share import Share
 from tests.lab.workloads import locks, names, sharedlog, tree
 
 MIB = 1 << 20
+
+_numbers = itertools.count(1)
 
 
 @dataclass
@@ -56,7 +59,7 @@ def place(
 ) -> Iterator[Place]:
     one, two = clients
     version, here, there = mounts
-    name = f"{request.node.originalname}-{version}"
+    name = f"{request.node.originalname}-{next(_numbers)}"
     one.run("mkdir", f"{here}/{name}")
     yield Place(one, two, f"{here}/{name}", f"{there}/{name}", version)
     for job in [*one.jobs, *two.jobs]:

@@ -27,6 +27,8 @@ from tests.lab.workloads import appender, locks, pressure, sharedlog, tree
 from tests.system.conftest import SHORT_GRACE, MakeShare
 
 MIB = 1 << 20
+# seconds to mend from which on the log should show what took them
+SLOW = 6.0
 REPLICAS = ("r1", "r2", "r3")
 
 
@@ -51,6 +53,10 @@ class Fire:
         settled = time.time()
         self.faults.append((kind, began, settled))
         self.progress(f"{kind}: mended after {mended - began:.1f} s, settled after {settled - began:.1f} s")
+        if mended - began > SLOW:
+            for event in self.share.events:
+                if event["time"] >= began:
+                    self.progress(f"    {event['time'] - began:6.2f} s  {event['event']}: {event.get('message')}")
 
     def kill(self, kind: str, *names: str) -> Status:
         """Kill these parts at once; serve again if the share manager was one of them."""
