@@ -181,10 +181,10 @@ def attributes(path: str) -> dict[str, Any]:
     return seen
 
 
-def many(directory: str, count: int) -> None:
+def many(directory: str, tag: str, count: int) -> None:
     """`count` empty files in one directory."""
     for number in range(count):
-        os.close(os.open(os.path.join(directory, f"entry-{number:05d}"), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        os.close(os.open(os.path.join(directory, f"{tag}-{number:05d}"), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
 
 
 def list_and_stat(directory: str) -> dict[str, int]:
