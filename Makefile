@@ -39,10 +39,12 @@ test-system: setup-test ## run the tests with real ganesha, FUSE, loop devices a
 	@$(BIN)/python -m pytest -m system $(ARGS)
 
 lint: setup-test ## check style, types and import contracts
-	@$(BIN)/ruff check
-	@$(BIN)/ruff format --check
-	@$(BIN)/mypy
-	@$(BIN)/lint-imports
+	@status=0; \
+	$(BIN)/ruff check || status=1; \
+	$(BIN)/ruff format --check || status=1; \
+	$(BIN)/mypy || status=1; \
+	$(BIN)/lint-imports || status=1; \
+	exit $$status
 
 format: setup-test ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix

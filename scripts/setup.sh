@@ -74,6 +74,8 @@ install_packages() {
     fi
     rm -f "$log"
     disable_new_services "$fresh"
+    # ganesha finds the filesystem of an export there; containers and minimal systems may lack it
+    [[ -e /etc/mtab ]] || ln -s /proc/self/mounts /etc/mtab
 }
 
 if command -v dpkg-query >/dev/null && command -v apt-get >/dev/null; then

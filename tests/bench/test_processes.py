@@ -44,7 +44,7 @@ async def test_a_server_is_ended_with_its_scope_and_its_last_word_is_known(tmp_p
     program = "import sys, time; print('first'); print('sorry', file=sys.stderr, flush=True); time.sleep(600)"
     async with serving("one", [sys.executable, "-c", program], tmp_path) as server:
         with trio.fail_after(30):
-            while not server.stderr.stat().st_size:  # noqa: ASYNC110 - another process writes it
+            while not server.stderr.stat().st_size:
                 await trio.sleep(0.01)
         server.check()
         assert server.why() == "sorry"
@@ -57,7 +57,7 @@ async def test_a_server_that_does_not_listen_is_killed(tmp_path: Path) -> None:
     program = "import signal, time; signal.signal(15, signal.SIG_IGN); print('on', flush=True); time.sleep(600)"
     async with serving("deaf", [sys.executable, "-c", program], tmp_path, patience=0.2) as server:
         with trio.fail_after(30):
-            while not server.stdout.stat().st_size:  # noqa: ASYNC110 - another process writes it
+            while not server.stdout.stat().st_size:
                 await trio.sleep(0.01)
     assert server.process.returncode == -9
 
