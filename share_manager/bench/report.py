@@ -109,7 +109,7 @@ def report(plan: Plan, outcome: Outcome) -> Report:
             kernel=platform.release(),
             filesystem=filesystem_of(plan.directory.resolve(), Path("/proc/self/mountinfo").read_text()),
         ),
-        directory=str(plan.directory),
+        directory=str(plan.directory.resolve()),
         size_bytes=plan.size,
         seconds=plan.seconds,
         repeats=plan.repeats,
