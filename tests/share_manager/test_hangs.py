@@ -17,12 +17,7 @@ from share_manager.share.session import VolumeOptions
 from share_manager.share.supervise import Policy
 from share_manager.volumes import make_data_dir
 
-pytestmark = [
-    pytest.mark.system,
-    # EngineClient.status leaves its generator to the garbage collector
-    pytest.mark.filterwarnings("ignore:Async generator 'engine.client._lines'"),
-    pytest.mark.filterwarnings("ignore:Exception ignored in. <async_generator object _lines"),
-]
+pytestmark = pytest.mark.system
 
 QUICK = Policy(null_interval=0.3, null_timeout=0.5, null_misses=3, engine_silence=3.0)
 
