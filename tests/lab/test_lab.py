@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Progress
-from tests.lab import leftovers
+from tests.lab import images, leftovers
 from tests.lab.guest import Guest, GuestError
 from tests.lab.mounts import mounted
 from tests.lab.network import Lab
@@ -110,6 +110,28 @@ def test_a_tree_with_a_difference_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "top-0005").unlink()
     (tmp_path / "more").touch()
     assert len(tree.verify(str(tmp_path), digests)) == 3
+
+
+def test_replicas_that_differ_are_noticed_and_holes_are_zeros(tmp_path: Path) -> None:
+    directories = [tmp_path / name for name in ("r1", "r2", "r3")]
+    for directory in directories:
+        directory.mkdir()
+        (directory / "volume.meta").write_text('{"Head": "volume-head-000.img"}')
+        with images.head(directory).open("wb") as image:
+            image.truncate(8 << 20)
+            image.seek(5 << 20)
+            image.write(b"data")
+    with images.head(directories[1]).open("r+b") as image:
+        image.write(bytes(1 << 20))
+    assert images.differences(directories) == []
+    with images.head(directories[2]).open("r+b") as image:
+        image.seek((5 << 20) + 2)
+        image.write(b"?")
+    assert [text.split("differ ")[1] for text in images.differences(directories)] == [
+        f"from byte {(5 << 20) + 2} on, 1 blocks"
+    ]
+    images.head(directories[2]).write_bytes(b"short")
+    assert len(images.differences(directories)) == 1
 
 
 def test_unstable_writes_are_pushed_without_commit(server: RawGanesha, one: Guest, two: Guest) -> None:

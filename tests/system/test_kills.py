@@ -213,6 +213,33 @@ def test_a_replica_that_hangs_leaves_and_comes_back(start_fire: StartFire) -> No
                     os.kill(pid, signal.SIGCONT)
 
 
+def test_bulk_writes_across_kills_of_everything_in_turn(
+    make_share: MakeShare, one: Guest, two: Guest, progress: Progress
+) -> None:
+    """Full pipes at every kill: replicas that miss much, and differ in what was under way."""
+    share = make_share("bulk", size="512Mi", options=SHORT_GRACE).start()
+    with mounted(one, share.export) as here, mounted(two, share.export, "4.1") as there:
+        for number, names in enumerate((("r2",), ("r1",), ("engine",), ("r3", "engine"), ("ganesha",))):
+            before = share.status().pids()
+            stored = share.stored()
+            large = one.spawn(tree.write_large, path=f"{here}/large-{number}", seed=number, size=48 * MIB)
+            small = two.spawn(tree.write, directory=f"{there}/tree-{number}", seed=number, files=30, largest=400_000)
+            share.wait_stored(stored + 3 * 8 * MIB)
+            under_way = not large.done
+            for name in names:
+                os.kill(before[name], signal.SIGKILL)
+            for name in names:
+                share.wait_status("mended", partial(is_another, name, before[name]))
+            digest, digests = large.result(), small.result()
+            two.call(tree.drop_caches)
+            assert two.call(tree.digest, path=f"{there}/large-{number}") == digest, names
+            assert one.call(tree.verify, directory=f"{here}/tree-{number}", digests=digests) == [], names
+            share.wait_settled()
+            kind = f"bulk writes, kill of {' and '.join(names)}"
+            progress(f"{kind}: all there, the large file was {'under way' if under_way else 'written already'}")
+    stop_and_compare(share, {})
+
+
 @pytest.mark.parametrize("victim", ["engine", "ganesha"])
 def test_unstable_writes_survive(make_share: MakeShare, one: Guest, two: Guest, victim: str) -> None:
     size = 6 * MIB
