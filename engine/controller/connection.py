@@ -160,11 +160,16 @@ class ReplicaConnection:
         while True:
             await self._blocked.wait()
             self._blocked = trio.Event()
+            if self.closed:
+                return
             await trio.lowlevel.wait_writable(self.sock)
             self.pump()
 
     async def receive(self) -> list[Frame]:
         """Whole frames, at least one wake-up's worth. Raises OSError, ProtocolError, ReplicaUnreachableError."""
+        if self.closed:
+            # by what was done with the frames before: a closed socket cannot be waited for
+            raise ReplicaUnreachableError(self.name, "the connection was closed")
         await trio.lowlevel.wait_readable(self.sock)
         try:
             count = self.sock.recv_into(self.reader.space())
