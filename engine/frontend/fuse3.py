@@ -92,8 +92,8 @@ class _VolumeFile(pyfuse3.Operations):
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
 
     async def flush(self, fh: int) -> None:
-        # close(2) of one user of the file; durability is fsync's
-        return
+        # close(2) has nothing to say to a volume: after one ENOSYS the kernel does not ask again
+        raise pyfuse3.FUSEError(errno.ENOSYS)
 
     async def release(self, fh: int) -> None:
         return
