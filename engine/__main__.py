@@ -71,8 +71,8 @@ async def _serve(controller: Controller, config: EngineConfig) -> None:
         nursery.start_soon(wait_for_signal)
         async with controller.running():
             nursery.start_soon(leave_on_failure)
-            async with chosen.serve(controller, config.fuse_fd) as session:
-                server = ControlServer(controller, chosen.name, config.block_file)
+            async with chosen.serve(controller, config.fuse_fd, resume=config.resume) as session:
+                server = ControlServer(controller, chosen.name, config.block_file, session)
                 async with control_socket(Path(config.control), server):
                     _say_ready(config)
                     async with trio.open_nursery() as waits:

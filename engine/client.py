@@ -54,7 +54,7 @@ LATENCY_BOUNDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     """`state`: opening, equalising, ready, waiting (a membership change is not recorded yet), stopped.
 
-    `operations` is keyed read, write, flush, unmap.
+    `operations` is keyed read, write, flush, unmap. `resumable`: another engine can take over on the same file.
     """
 
     volume: str
@@ -69,6 +69,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     operations: dict[str, OperationStats]
     dirty_regions: int = 0
     requests_in_flight: int = 0
+    resumable: bool = False
 
 
 class EngineEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

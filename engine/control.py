@@ -12,8 +12,9 @@ from typing import Any
 import msgspec
 import trio
 
-from engine.client import MAX_LINE, EngineEvent
+from engine.client import MAX_LINE, EngineEvent, EngineStatus
 from engine.controller.driver import Controller
+from engine.frontend import FrontendSession
 
 
 class _Request(msgspec.Struct):
@@ -23,10 +24,15 @@ class _Request(msgspec.Struct):
 class ControlServer:
     """Answers `status` and `events`; whatever else comes, that connection ends and nothing is harmed."""
 
-    def __init__(self, controller: Controller, frontend: str, block_file: str) -> None:
+    def __init__(self, controller: Controller, frontend: str, block_file: str, session: FrontendSession) -> None:
         self._controller = controller
         self._frontend = frontend
         self._block_file = block_file
+        self._session = session
+
+    def _status(self) -> EngineStatus:
+        status = self._controller.status(self._frontend, self._block_file)
+        return msgspec.structs.replace(status, resumable=self._session.resumable)
 
     async def _handle(self, stream: trio.SocketStream) -> None:
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
@@ -42,14 +48,13 @@ class ControlServer:
                 except msgspec.MsgspecError:
                     return
                 if request.op == "status":
-                    await stream.send_all(_line(self._controller.status(self._frontend, self._block_file)))
+                    await stream.send_all(_line(self._status()))
                 elif request.op == "events":
                     await self._stream_events(stream)
 
     async def _stream_events(self, stream: trio.SocketStream) -> None:
         with self._controller.events() as events:
-            status = self._controller.status(self._frontend, self._block_file)
-            for replica in status.replicas:
+            for replica in self._status().replicas:
                 name = {"in_sync": "replica_in_sync", "resyncing": "replica_resyncing"}.get(
                     replica.state, "replica_left"
                 )

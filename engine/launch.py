@@ -26,7 +26,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One engine process: one attachment of one volume.
 
     `record` is the path of the volume record, whose epoch must be `epoch` already (see `engine.record.bump_epoch`).
-    `fuse_fd` is an inherited descriptor of /dev/fuse that is mounted at `block_file` already (see `engine.frontend`).
+    `fuse_fd` is an inherited descriptor of /dev/fuse that is mounted at `block_file` already (see `engine.frontend`);
+    with `resume` an engine of a lower `incarnation` served it and is gone.
     `control` is the path of the unix socket on which the engine answers its supervisor (see `engine.client`).
     Times are in seconds.
     """
@@ -35,7 +36,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     secret_file: str
     epoch: int
     incarnation: int = 1
-    frontend: str = "pyfuse3"
+    resume: bool = False
+    frontend: str = "device"
     fuse_fd: int
     block_file: str
     control: str

@@ -42,14 +42,24 @@ class BlockVolume(Protocol):
 
 
 class FrontendSession(Protocol):
-    """A mounted file that is being served. `ended` is set when the kernel has let go of the mount."""
+    """A mounted file that is being served.
+
+    `ended` is set when the kernel has let go of the mount. `resumable`: another server can take over on the same
+    descriptor, and gets the requests that this one leaves unanswered.
+    """
 
     ended: trio.Event
+    resumable: bool
 
 
 class Frontend(Protocol):
-    """Serves the file mounted on a descriptor of /dev/fuse (see `FuseDevice`) until the block is left."""
+    """Serves the file mounted on a descriptor of /dev/fuse (see `FuseDevice`) until the block is left.
+
+    With `resume` the descriptor was served before, by a process that is gone. Raises FrontendError.
+    """
 
     name: str
 
-    def serve(self, volume: BlockVolume, fuse_fd: int) -> AbstractAsyncContextManager[FrontendSession]: ...
+    def serve(
+        self, volume: BlockVolume, fuse_fd: int, *, resume: bool = False
+    ) -> AbstractAsyncContextManager[FrontendSession]: ...

@@ -44,13 +44,15 @@ _WRITE_OUT = struct.Struct("<IiQII")
 _OPEN_OUT = struct.Struct("<QII")
 _ATTR_OUT = struct.Struct("<QII6Q10I")
 _STATFS_OUT = struct.Struct("<5Q4I24x")
-_INIT_IN = struct.Struct("<4I")
+_INIT_IN = struct.Struct("<5I")
 _INIT_OUT = struct.Struct("<4I2H2I2HI28x")
 _FALLOCATE_IN = struct.Struct("<3QII")
 
 _MINOR = 38
 _ASYNC_READ, _BIG_WRITES, _ASYNC_DIO, _MAX_PAGES = 1 << 0, 1 << 5, 1 << 15, 1 << 22
 _WANTED = _ASYNC_READ | _BIG_WRITES | _ASYNC_DIO | _MAX_PAGES
+# Linux 6.9: a server that takes over asks for what was read and not answered; those come with the top bit set
+_INIT_EXT, _HAS_RESEND, _NOTIFY_RESEND = 1 << 30, 1 << 7, 7
 _FOPEN_DIRECT_IO, _FOPEN_PARALLEL_DIRECT_WRITES = 1 << 0, 1 << 6
 _FATTR_SIZE = 1 << 3
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10
@@ -146,8 +148,9 @@ def _answer_error(fd: int, unique: int, code: int) -> None:
 
 
 class _Session:
-    def __init__(self, volume: BlockVolume, fd: int) -> None:
+    def __init__(self, volume: BlockVolume, fd: int, resumed: bool) -> None:
         self.ended = trio.Event()
+        self.resumable = resumed
         self._volume = volume
         self._fd = fd
         self._head = bytearray(_HEAD)
@@ -162,7 +165,9 @@ class _Session:
             _STATFS: self._statfs,
             _FALLOCATE: self._fallocate,
             _RELEASE: self._nothing,
-            _FLUSH: self._nothing,
+            # close(2) has nothing to say to a volume: after one ENOSYS the kernel does not ask again, and whoever
+            # closes the file while no engine runs is not held up
+            _FLUSH: self._unknown,
             _DESTROY: self._destroy,
         }
 
@@ -221,22 +226,25 @@ class _Session:
         self.ended.set()
 
     def _init(self, unique: int) -> None:
-        major, minor, readahead, flags = _INIT_IN.unpack_from(self._head, _BODY)
+        major, minor, readahead, flags, flags2 = _INIT_IN.unpack_from(self._head, _BODY)
         if major != 7 or minor < 31:
             _answer_error(self._fd, unique, errno.EPROTO)
             raise FrontendError(f"the kernel speaks FUSE {major}.{minor}; 7.31 or later is needed")
+        extended = flags & _INIT_EXT
+        wanted2 = flags2 & _HAS_RESEND if extended else 0
+        self.resumable = bool(wanted2)
         body = _INIT_OUT.pack(
             7,
             min(minor, _MINOR),
             readahead,
-            flags & _WANTED,
+            flags & (_WANTED | _INIT_EXT),
             _MAX_BACKGROUND,
             _MAX_BACKGROUND * 3 // 4,
             MAX_IO,
             1,
             MAX_IO // mmap.PAGESIZE,
             0,
-            0,
+            wanted2,
         )
         _answer(self._fd, unique, body)
 
@@ -299,9 +307,14 @@ class DeviceFrontend:
     name = "device"
 
     @contextlib.asynccontextmanager
-    async def serve(self, volume: BlockVolume, fuse_fd: int) -> AsyncIterator[_Session]:
+    async def serve(self, volume: BlockVolume, fuse_fd: int, *, resume: bool = False) -> AsyncIterator[_Session]:
         os.set_blocking(fuse_fd, False)
-        session = _Session(volume, fuse_fd)
+        session = _Session(volume, fuse_fd, resume)
+        if resume:
+            try:
+                os.write(fuse_fd, _OUT.pack(_OUT.size, _NOTIFY_RESEND, 0))
+            except OSError as error:
+                raise FrontendError(f"the kernel does not send requests again: {error.strerror}") from error
         async with trio.open_nursery() as nursery:
             nursery.start_soon(session.loop)
             yield session

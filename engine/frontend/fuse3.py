@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 import pyfuse3
 import trio
 
+from engine.errors import FrontendError
 from engine.frontend.base import BlockVolume
 
 # the kernel may keep attributes for long: nobody but us changes them
@@ -91,8 +92,8 @@ class _VolumeFile(pyfuse3.Operations):
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
 
     async def flush(self, fh: int) -> None:
-        # close(2) of one user of the file; durability is fsync's
-        return
+        # close(2) has nothing to say to a volume: after one ENOSYS the kernel does not ask again
+        raise pyfuse3.FUSEError(errno.ENOSYS)
 
     async def release(self, fh: int) -> None:
         return
@@ -109,6 +110,9 @@ class _VolumeFile(pyfuse3.Operations):
 
 
 class _Session:
+    # libfuse takes no connection over
+    resumable = False
+
     def __init__(self) -> None:
         self.ended = trio.Event()
 
@@ -117,7 +121,9 @@ class Pyfuse3Frontend:
     name = "pyfuse3"
 
     @contextlib.asynccontextmanager
-    async def serve(self, volume: BlockVolume, fuse_fd: int) -> AsyncIterator[_Session]:
+    async def serve(self, volume: BlockVolume, fuse_fd: int, *, resume: bool = False) -> AsyncIterator[_Session]:
+        if resume:
+            raise FrontendError("the pyfuse3 frontend cannot take over from another server: attach again")
         session = _Session()
         options = {"fsname=share-manager"}
         # libfuse closes the descriptor that it is given

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from engine.errors import FrontendError
 from engine.frontend.base import Frontend
 
-FRONTENDS = ("pyfuse3", "device")
+FRONTENDS = ("device", "pyfuse3")
+DEFAULT_FRONTEND: Final = "device"
 
 
 def frontend(name: str) -> Frontend:

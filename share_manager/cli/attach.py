@@ -7,8 +7,9 @@ from typing import Annotated
 import trio
 from cyclopts import Parameter
 
+from engine.frontend import DEFAULT_FRONTEND
 from share_manager import units
-from share_manager.cli.common import DEFAULT_DATA_DIR, DataDir, Steps, VolumeName, reporter, terminal
+from share_manager.cli.common import DEFAULT_DATA_DIR, DataDir, Frontend, Steps, VolumeName, reporter, terminal
 from share_manager.paths import VolumePaths
 from share_manager.share.blockdev import BlockFile
 from share_manager.share.session import VolumeOptions, require_root
@@ -23,6 +24,7 @@ def attach(
         str | None, Parameter(help="Size of a new volume, in Ki, Mi, Gi or Ti (10Gi); an existing one must have it.")
     ] = None,
     replicas: Annotated[int | None, Parameter(help="Copies of a new volume, 1 to 9 (3).")] = None,
+    frontend: Frontend = DEFAULT_FRONTEND,
     data_dir: DataDir = DEFAULT_DATA_DIR,
     output: Steps = "text",
 ) -> None:
@@ -44,7 +46,7 @@ def attach(
     console = terminal() if output == "text" else None
     block = BlockFile(
         VolumePaths(make_data_dir(data_dir), volume),
-        VolumeOptions(size=wanted, replicas=replicas),
+        VolumeOptions(size=wanted, replicas=replicas, frontend=frontend),
         reporter(output, console),
     )
     if console is None:

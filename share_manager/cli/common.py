@@ -21,6 +21,10 @@ Steps = Annotated[
     Literal["text", "json"], Parameter(name="--output", help="Steps as lines for people, or one JSON object a line.")
 ]
 Table = Annotated[Literal["table", "json"], Parameter(name="--output", help="A table for people, or JSON.")]
+Frontend = Annotated[
+    Literal["device", "pyfuse3"],
+    Parameter(help="How the block file is served: device reads /dev/fuse itself, pyfuse3 goes through libfuse."),
+]
 VolumeName = Annotated[str, Parameter(help="Name of the volume: a DNS label, up to 63 of a-z, 0-9 and '-'.")]
 
 

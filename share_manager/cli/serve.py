@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 import trio
 from cyclopts import Parameter
 
+from engine.frontend import DEFAULT_FRONTEND
 from share_manager import units
-from share_manager.cli.common import DEFAULT_DATA_DIR, DataDir, Steps, VolumeName, reporter, terminal
+from share_manager.cli.common import DEFAULT_DATA_DIR, DataDir, Frontend, Steps, VolumeName, reporter, terminal
 from share_manager.errors import InvalidValueError
 from share_manager.paths import VolumePaths
 from share_manager.share.daemon import ServeOptions, Share
@@ -54,6 +55,7 @@ def serve(
     grace_period: Annotated[
         int, Parameter(help="Seconds after a restart in which clients reclaim; at least the lease, at most 180.")
     ] = 30,
+    frontend: Frontend = DEFAULT_FRONTEND,
     dirsync: Annotated[
         bool,
         Parameter(help="Have created, renamed and removed names on disk before the client is answered."),
@@ -87,7 +89,7 @@ def serve(
         units.check_size(wanted, fs or DEFAULT_KIND, "--size")
     units.check_replicas(replicas)
     options = ServeOptions(
-        volume=VolumeOptions(size=wanted, replicas=replicas),
+        volume=VolumeOptions(size=wanted, replicas=replicas, frontend=frontend),
         filesystem=FilesystemOptions(
             kind=fs,
             dirsync=dirsync,

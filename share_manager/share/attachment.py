@@ -14,6 +14,7 @@ import trio
 
 from engine.client import EngineClient, EngineStatus, EngineUnreachableError
 from engine.errors import FrontendError
+from engine.frontend import DEFAULT_FRONTEND
 from engine.frontend.fuse_device import FuseDevice
 from engine.launch import EngineConfig, engine_argv
 from engine.record import FileRecordStore, VolumeRecord, bump_epoch
@@ -26,11 +27,11 @@ from share_manager.errors import (
 )
 from share_manager.events import Reporter
 from share_manager.paths import VolumePaths
-from share_manager.share.background import background
+from share_manager.share.background import Background, background
 from share_manager.share.child import Child, start_child
 from share_manager.share.loop import attach_loop, detach_loop
 from share_manager.share.state import StateFile
-from share_manager.share.supervise import Decision, EngineExit, Observed, Policy, decide
+from share_manager.share.supervise import Decision, EngineExit, Observed, Policy, decide, may_resume
 
 ENGINE_START_TIMEOUT = 60.0
 ENGINE_STOP_TIMEOUT = 20.0
@@ -52,6 +53,8 @@ class Attachment:
         self.before_abort: list[Callable[[], None]] = []
         """What must be dead before hanging requests are failed."""
         self.status: EngineStatus | None = None
+        self.incarnation = 1
+        self.resumed: list[float] = []
         self.last_answer = trio.current_time()
         self.leaving = False
         self._body = trio.CancelScope()
@@ -82,7 +85,13 @@ class Attachment:
 
 @contextlib.asynccontextmanager
 async def attach(
-    paths: VolumePaths, report: Reporter, state: StateFile, policy: Policy, *, with_loop: bool = True
+    paths: VolumePaths,
+    report: Reporter,
+    state: StateFile,
+    policy: Policy,
+    *,
+    frontend: str = DEFAULT_FRONTEND,
+    with_loop: bool = True,
 ) -> AsyncIterator[Attachment]:
     """Claim the next epoch and attach.
 
@@ -92,12 +101,13 @@ async def attach(
     record = bump_epoch(FileRecordStore(paths.record))
     state.update(epoch=record.epoch)
     with _fuse_file(paths) as fuse:
-        engine = await _start_engine(paths, record, fuse, state)
+        starter = _EngineStarter(paths, record, fuse, state, frontend)
+        engine = await starter.start(incarnation=1)
         attachment = Attachment(record, fuse, engine, EngineClient(paths.engine_control))
         async with _stopped_engine(attachment, report), background() as tasks:
             tasks.start_soon(engine.follow_output)
             await _wait_ready(attachment)
-            tasks.start_soon(_watch_exit, attachment)
+            tasks.start_soon(_watch_exit, attachment, starter, report, tasks)
             tasks.start_soon(_follow_status, attachment, policy)
             tasks.start_soon(_forward_events, attachment, report)
             with attachment._body:
@@ -123,20 +133,36 @@ def _fuse_file(paths: VolumePaths) -> Iterator[FuseDevice]:
             paths.block_file.unlink(missing_ok=True)
 
 
-async def _start_engine(paths: VolumePaths, record: VolumeRecord, fuse: FuseDevice, state: StateFile) -> Child:
-    paths.engine_control.unlink(missing_ok=True)
-    config = EngineConfig(
-        record=str(paths.record),
-        secret_file=str(paths.secret),
-        epoch=record.epoch,
-        fuse_fd=fuse.fd,
-        block_file=str(paths.block_file),
-        control=str(paths.engine_control),
-    )
-    argv = engine_argv(config, paths.run / "engine.json")
-    engine = await start_child("the engine", argv, paths.log / "engine.log", pass_fds=(fuse.fd,))
-    state.process("engine", engine.pid)
-    return engine
+class _EngineStarter:
+    """Starts the engines of one attachment, one after the other, on the same file."""
+
+    def __init__(
+        self, paths: VolumePaths, record: VolumeRecord, fuse: FuseDevice, state: StateFile, frontend: str
+    ) -> None:
+        self._paths = paths
+        self._record = record
+        self._fuse = fuse
+        self._state = state
+        self._frontend = frontend
+
+    async def start(self, incarnation: int) -> Child:
+        paths = self._paths
+        paths.engine_control.unlink(missing_ok=True)
+        config = EngineConfig(
+            record=str(paths.record),
+            secret_file=str(paths.secret),
+            epoch=self._record.epoch,
+            incarnation=incarnation,
+            resume=incarnation > 1,
+            frontend=self._frontend,
+            fuse_fd=self._fuse.fd,
+            block_file=str(paths.block_file),
+            control=str(paths.engine_control),
+        )
+        argv = engine_argv(config, paths.run / "engine.json")
+        engine = await start_child("the engine", argv, paths.log / "engine.log", pass_fds=(self._fuse.fd,))
+        self._state.process("engine", engine.pid)
+        return engine
 
 
 @contextlib.asynccontextmanager
@@ -172,8 +198,37 @@ async def _wait_ready(attachment: Attachment) -> None:
     raise TimeoutProblem("attaching the volume", ENGINE_START_TIMEOUT)
 
 
-async def _watch_exit(attachment: Attachment) -> None:
-    await attachment.engine.wait()
+async def _watch_exit(attachment: Attachment, starter: _EngineStarter, report: Reporter, tasks: Background) -> None:
+    """An engine that ended is replaced in place while that is safe, else the attachment ends."""
+    while True:
+        status = await attachment.engine.wait()
+        resumable = attachment.status is not None and attachment.status.resumable
+        if (
+            attachment.leaving
+            or attachment.broken is not None
+            or not may_resume(status, resumable, attachment.resumed, trio.current_time())
+        ):
+            break
+        report.warn("engine_restarting", f"{attachment.failure()}; another one takes over its file")
+        attachment.resumed.append(trio.current_time())
+        attachment.incarnation += 1
+        await attachment.engine.aclose()
+        with trio.CancelScope(shield=True):
+            # once started it must be known, or nobody would stop it
+            attachment.engine = await starter.start(attachment.incarnation)
+        tasks.start_soon(attachment.engine.follow_output)
+        try:
+            await _wait_ready(attachment)
+        except TimeoutProblem:
+            attachment.engine.kill()
+        except ShareManagerError:
+            continue
+        else:
+            report.emit(
+                "engine_resumed",
+                "another engine took over; unanswered requests were sent to it",
+                pid=attachment.engine.pid,
+            )
     with trio.move_on_after(0.2):
         await attachment.engine.closed.wait()
     if not attachment.leaving:

@@ -74,7 +74,9 @@ class BlockFile:
         self.state = "stopping"
 
     async def _hold(self, state: StateFile) -> None:
-        async with attach(self.paths, self.report, state, Policy(), with_loop=False) as attachment:
+        async with attach(
+            self.paths, self.report, state, Policy(), frontend=self.options.frontend, with_loop=False
+        ) as attachment:
             self.attachment = attachment
             self.record = attachment.record
             self.state = "running"

@@ -95,6 +95,7 @@ class Share:
         self.state = "starting"
         self.started_at = time.time()
         self.repairs = 0
+        self.resumes = 0
         self.last_failure = ""
         self.record: VolumeRecord | None = None
         self.attachment: Attachment | None = None
@@ -203,7 +204,9 @@ class Share:
             # what was asked for once is not forced on what a client has changed since
             fs_options = msgspec.structs.replace(fs_options, root_owner=None, root_mode=None)
         try:
-            async with attach(self.paths, self.report, state, self.options.policy) as attachment:
+            async with attach(
+                self.paths, self.report, state, self.options.policy, frontend=self.options.volume.frontend
+            ) as attachment:
                 self.attachment = attachment
                 self.record = attachment.record
                 self.report.emit(
@@ -237,6 +240,8 @@ class Share:
                 raise attachment.fenced
             return attachment.broken or "the attachment ended"
         finally:
+            if self.attachment is not None:
+                self.resumes += len(self.attachment.resumed)
             self.attachment = self.mounted = None
 
     async def _export(self, attachment: Attachment, on: Mounted, room: PrivateRoom, state: StateFile) -> None:
@@ -309,7 +314,7 @@ class Share:
             replicas=replica_infos(self.replicas, attachment),
             restarts=Restarts(
                 ganesha=exporter.restarts if exporter else self.ganesha_restarts,
-                engine=self.repairs,
+                engine=self.repairs + self.resumes + (len(attachment.resumed) if attachment else 0),
                 replicas=sum(server.restarts for server in self.replicas),
             ),
             nfs=nfs.io,

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 import msgspec
 import trio
 
+from engine.frontend import DEFAULT_FRONTEND
 from engine.record import VolumeRecord
 from share_manager import units
 from share_manager.errors import AddressError, NotRootError, PortInUseError, ShareManagerError
@@ -30,6 +31,7 @@ class VolumeOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     size: int | None = None
     replicas: int | None = None
+    frontend: str = DEFAULT_FRONTEND
 
 
 def require_root(command: str) -> None:

@@ -2,6 +2,7 @@
 
 observed                                             decision
 the engine ended fenced                              stop for good: another attachment has the volume
+the engine ended by itself, its file can be resumed  another engine on the same file: clients notice a pause
 the engine ended, or does not answer for long        take the share down in fencing order and attach again
 the filesystem went read-only or recorded an error   the same: what is in the page cache cannot be trusted
 ganesha ended, or several NULL calls were missed     a new ganesha in place, with a new epoch number
@@ -11,8 +12,12 @@ a replica ended                                      start it again; the engine 
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 
 import msgspec
+
+RESUME_AT_MOST = 5
+RESUME_WINDOW = 60.0
 
 
 class Decision(enum.Enum):
@@ -51,6 +56,17 @@ class Observed(msgspec.Struct, frozen=True, kw_only=True):
     filesystem_fault: str | None = None
     ganesha_exit: int | None = None
     missed_calls: int = 0
+
+
+def may_resume(exit_status: int, resumable: bool, resumed: Sequence[float], now: float) -> bool:
+    """Whether another engine may take over in place; `resumed` are the times (monotonic seconds) at which one did.
+
+    Not after the loss of all in-sync replicas: what they had acknowledged and not flushed is gone with them, and the
+    page cache above must not go on as if it were not.
+    """
+    if not resumable or exit_status in (EngineExit.CLEAN, EngineExit.FENCED, EngineExit.NO_REPLICA):
+        return False
+    return sum(1 for at in resumed if now - at < RESUME_WINDOW) < RESUME_AT_MOST
 
 
 def decide(observed: Observed, policy: Policy) -> tuple[Decision, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 
@@ -30,9 +31,10 @@ BLOCK = 4096
 class Engine:
     def __init__(self, of: Cluster, name: str = "engine", frontend: str = "pyfuse3", epoch: int | None = None) -> None:
         self.cluster = of
+        self.name = name
         self.control = of.directory / f"{name}.sock"
         self.device = FuseDevice.mount(of.directory / name)
-        config = EngineConfig(
+        self.config = EngineConfig(
             record=str(of.store.path),
             secret_file=str(of.secret),
             epoch=bump_epoch(of.store).epoch if epoch is None else epoch,
@@ -43,15 +45,27 @@ class Engine:
             open_timeout=5.0,
             reconnect_interval=0.1,
         )
-        with (of.directory / f"{name}.log").open("ab") as log:
+        self._start(self.config)
+
+    def _start(self, config: EngineConfig) -> None:
+        self.config = config
+        with (self.cluster.directory / f"{self.name}.log").open("ab") as log:
             self.process = subprocess.Popen(
-                engine_argv(config, of.directory / f"{name}.json"),
+                engine_argv(config, self.cluster.directory / f"{self.name}.json"),
                 stdout=subprocess.PIPE,
                 stderr=log,
                 pass_fds=(self.device.fd,),
             )
         assert self.process.stdout is not None
         self.first: dict[str, Any] = json.loads(self.process.stdout.readline())
+
+    def take_over(self) -> None:
+        """Kill the engine, and start another one on the same file."""
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        self._start(msgspec.structs.replace(self.config, incarnation=self.config.incarnation + 1, resume=True))
 
     async def status(self) -> EngineStatus:
         return await EngineClient(self.control).status()
@@ -265,3 +279,79 @@ async def test_events_tell_of_a_replica_that_leaves_and_returns(three: Cluster, 
 async def test_an_engine_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
     with pytest.raises(EngineUnreachableError, match="does not answer"):
         await EngineClient(tmp_path / "nothing").status()
+
+
+async def test_another_engine_takes_over_the_file_under_load_and_nobody_sees_an_error(three: Cluster) -> None:
+    engine = Engine(three, frontend="device")
+    rng = Random(11)
+    expected: dict[int, bytes] = {}
+    stop = False
+
+    def work(share: int) -> int:
+        """Writes, syncs and reads back its own blocks; any error or wrong byte raises."""
+        done = 0
+        own = Random(share)
+        fd = os.open(engine.device.path, os.O_RDWR)
+        try:
+            while not stop:
+                block, data = own.randrange(share, three.size // BLOCK, 4), own.randbytes(BLOCK)
+                os.pwrite(fd, data, block * BLOCK)
+                expected[block] = data
+                if own.random() < 0.2:
+                    os.fsync(fd)
+                known = own.randrange(share, three.size // BLOCK, 4)
+                assert os.pread(fd, BLOCK, known * BLOCK) == expected.get(known, bytes(BLOCK))
+                done += 1
+        finally:
+            os.close(fd)
+        return done
+
+    try:
+        # the first close settles that no later one waits for an engine: a child being made here would, holding its birth up
+        await thread(write, engine.device.path, 0, bytes(BLOCK))
+        async with trio.open_nursery() as nursery:
+            counts: list[int] = []
+
+            async def worker(share: int) -> None:
+                counts.append(await trio.to_thread.run_sync(work, share))
+
+            for share in range(4):
+                nursery.start_soon(worker, share)
+            for _ in range(3):
+                assert (await engine.status()).resumable
+                await trio.sleep(rng.uniform(0.2, 0.5))
+                await trio.to_thread.run_sync(engine.take_over)
+                assert engine.first["event"] == "ready", engine.first
+            await trio.sleep(0.3)
+            stop = True
+        assert min(counts) > 10
+        status = await engine.status()
+        assert status.incarnation == 4
+        await until(lambda: three.store.read().in_sync == tuple(three.names))
+        engine.process.send_signal(signal.SIGTERM)
+        assert await engine.wait() == 0
+    finally:
+        stop = True
+        engine.end()
+    three.stop()
+    three.assert_identical()
+    content = three.contents("r1")
+    for block, data in expected.items():
+        assert content[block * BLOCK : (block + 1) * BLOCK] == data
+
+
+async def test_an_engine_of_a_lower_incarnation_is_fenced_by_the_one_that_took_over(three: Cluster) -> None:
+    engine = Engine(three, frontend="device")
+    try:
+        os.kill(engine.process.pid, signal.SIGSTOP)
+        first = engine.process
+        engine._start(msgspec.structs.replace(engine.config, incarnation=2, resume=True))
+        assert engine.first["event"] == "ready"
+        await thread(write, engine.device.path, 0, b"2" * BLOCK)
+        os.kill(first.pid, signal.SIGCONT)
+        with trio.fail_after(20):
+            assert await trio.to_thread.run_sync(first.wait, abandon_on_cancel=True) == 3
+        assert first.stdout is not None
+        first.stdout.close()
+    finally:
+        engine.end()

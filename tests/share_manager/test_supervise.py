@@ -7,12 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from share_manager.share.supervise import (
+    RESUME_AT_MOST,
+    RESUME_WINDOW,
     Backoff,
     Decision,
     EngineExit,
     Observed,
     Policy,
     decide,
+    may_resume,
     next_ganesha_epoch,
 )
 
@@ -100,3 +103,22 @@ def test_ganesha_never_gets_a_number_twice(clock: list[float]) -> None:
         assert 0 < last < 2**32
         taken.append(last)
     assert taken == sorted(set(taken))
+
+
+@pytest.mark.parametrize(
+    ("status", "resumable", "resumed", "may"),
+    [
+        (-9, True, [], True),
+        (1, True, [0.0, 1.0], True),
+        (-9, False, [], False),
+        (EngineExit.FENCED, True, [], False),
+        (EngineExit.NO_REPLICA, True, [], False),
+        (EngineExit.CLEAN, True, [], False),
+        (-9, True, [95.0] * RESUME_AT_MOST, False),
+        (-9, True, [100.0 - RESUME_WINDOW] * RESUME_AT_MOST, True),
+    ],
+)
+def test_an_engine_is_replaced_in_place_only_when_nothing_acknowledged_went_with_it(
+    status: int, resumable: bool, resumed: list[float], may: bool
+) -> None:
+    assert may_resume(status, resumable, resumed, 100.0) is may
