@@ -30,8 +30,8 @@ def attach(
 ) -> None:
     """Attach a volume as a block file until Ctrl-C or SIGTERM: no filesystem, no NFS.
 
-    Prints the path of the file when it is ready. Replicas are repaired meanwhile; when the engine dies the file is
-    gone and the command ends with an error.
+    Prints the path of the file when it is ready. Replicas are repaired meanwhile, and a dead engine is replaced
+    in place. Where that cannot be (pyfuse3, kernels before 6.9) the command ends with an error, for the file is gone.
 
     For example:
 

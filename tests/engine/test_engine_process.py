@@ -307,7 +307,7 @@ async def test_another_engine_takes_over_the_file_under_load_and_nobody_sees_an_
         return done
 
     try:
-        # the first close settles that no later one waits for an engine: a child being made here would, holding its birth up
+        # the first close settles that no later one waits for an engine, as a child being born of this process would
         await thread(write, engine.device.path, 0, bytes(BLOCK))
         async with trio.open_nursery() as nursery:
             counts: list[int] = []
