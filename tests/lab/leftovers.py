@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,14 +68,21 @@ def remove(directory: Path, mark: str, deadline: float = 10.0) -> None:
         for process in alive:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(process.name), signal.SIGKILL)
+        # who waits for a block file that nobody serves any more cannot die: end its connection
+        for mount in _mounts(directory, mark):
+            if mount.detail.startswith("fuse"):
+                _quiet("umount", "--force", mount.name)
         if time.monotonic() > end:
             break
         time.sleep(0.05)
-    for mount in reversed(_mounts(directory, mark)):
-        if _quiet("umount", mount.name) != 0:
-            _quiet("umount", "--lazy", mount.name)
-    for loop in _loops(directory, mark):
-        _quiet("losetup", "--detach", loop.name)
+    # found now: a loop device forgets the path of its file when the mount below that is detached
+    loops = _loops(directory, mark)
+    for command in ([], ["--lazy"]):
+        for _ in range(3):
+            for mount in reversed(_mounts(directory, mark)):
+                _quiet("umount", *command, mount.name)
+            for loop in loops:
+                _quiet("losetup", "--detach", loop.name)
     for run in _runtime(mark):
         shutil.rmtree(run.name, ignore_errors=True)
     for namespace in _namespaces(directory):
@@ -135,6 +142,17 @@ def _loops(directory: Path, mark: str) -> list[Leftover]:
             target = backing.read_text().strip()
             if _ours(target, directory, mark):
                 found.append(Leftover("loop device", f"/dev/{backing.parent.parent.name}", f"on {target}"))
+    return found
+
+
+def lost_loops(devices: Iterable[str]) -> list[Leftover]:
+    """Those of the loop devices that are attached to a file which no path leads to any more."""
+    found = []
+    for device in sorted(devices):
+        with contextlib.suppress(OSError):
+            backing = Path("/sys/block", Path(device).name, "loop/backing_file").read_text().strip()
+            if not Path(backing).is_file():
+                found.append(Leftover("loop device", device, f"on {backing}, which is gone"))
     return found
 
 

@@ -109,6 +109,7 @@ class Share:
         self._reader: threading.Thread | None = None
         self._news = threading.Condition()
         self._runs = 0
+        self._devices: set[str] = set()
 
     def argv(self) -> list[str]:
         return [
@@ -160,6 +161,17 @@ class Share:
             raise ShareFailedError(f"{self.volume}: does not end\n{self.said()}") from None
         self._reap()
         return code
+
+    def comes_up(self, budget: float = 60.0) -> bool:
+        """Wait until it is ready or has given up by itself; which of them. Raises ShareFailedError for neither."""
+        try:
+            self.wait_event("ready", budget)
+        except ShareFailedError:
+            if self.serving:
+                raise
+            self.wait_end()
+            return False
+        return True
 
     def stop(self, budget: float = 60.0, how: signal.Signals = signal.SIGTERM) -> None:
         """Ask it to leave and see that it does so in order. Raises ShareFailedError."""
@@ -226,8 +238,15 @@ class Share:
     def serving(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    def engine(self) -> int:
+        """The engine's process id, found without asking the share manager, which may be busy."""
+        found = [process for process in leftovers.processes(self.place) if " -m engine " in process.detail]
+        if len(found) != 1:
+            raise ShareFailedError(f"{self.volume}: {len(found)} engines run\n{self.said()}")
+        return int(found[0].name)
+
     def left(self) -> list[leftovers.Leftover]:
-        return leftovers.find(self.place, self.volume)
+        return [*leftovers.find(self.place, self.volume), *leftovers.lost_loops(self._devices)]
 
     def said(self) -> str:
         events = "\n".join(msgspec.json.encode(event).decode() for event in self.events[-30:])
@@ -275,6 +294,7 @@ class Share:
                 with self._news:
                     with contextlib.suppress(msgspec.DecodeError):
                         events.append(msgspec.json.decode(line))
+                        self._devices |= {events[-1]["device"]} if events[-1].get("device") else set()
                     self._news.notify_all()
         with self._news:
             self._news.notify_all()
