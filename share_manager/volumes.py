@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engine.durable import replace_file, sync_directory
+from engine.errors import FrontendError
+from engine.frontend.fuse_device import FuseDevice
 from engine.record import FileRecordStore, ReplicaRecord, VolumeRecord
 from engine.store import create_replica, inspect_replica, resize_replica
 from share_manager.errors import (
@@ -24,9 +26,11 @@ from share_manager.errors import (
     VolumeNotFoundError,
 )
 from share_manager.paths import VolumePaths
+from share_manager.share.procfs import is_dying
 from share_manager.units import check_replicas, format_size
 
 _LOCK_PATIENCE = 0.5
+_DYING_PATIENCE = 10.0
 _BUILDING = ".creating-"
 _DELETING = ".deleting-"
 
@@ -83,6 +87,12 @@ def volume_lock(paths: VolumePaths, wanted: str) -> Iterator[None]:
         except BlockingIOError:
             holder = _read_holder(fd)
             os.close(fd)
+            if holder is not None and is_dying(holder) and time.monotonic() < patience + _DYING_PATIENCE:
+                # it waits for the volume that it served: with the requests failed, it ends and lets go of the lock
+                with contextlib.suppress(FrontendError):
+                    FuseDevice(paths.block_file, -1).abort()
+                time.sleep(0.05)
+                continue
             # a holder writes down its pid; `status` looks whether there is one by taking a shared lock for an instant
             if (holder is None or not Path(f"/proc/{holder}").exists()) and time.monotonic() < patience:
                 time.sleep(0.01)

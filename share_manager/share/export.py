@@ -27,6 +27,7 @@ from share_manager.events import Reporter
 from share_manager.paths import VolumePaths
 from share_manager.share.attachment import Attachment
 from share_manager.share.filesystem import Mounted
+from share_manager.share.onvolume import on_volume
 from share_manager.share.private import PrivateRoom
 from share_manager.share.procfs import start_time
 from share_manager.share.state import StateFile
@@ -126,8 +127,8 @@ class Exporter:
         self, attachment: Attachment, mounted: Mounted, room: PrivateRoom, on_ready: Callable[[], Awaitable[None]]
     ) -> str:
         """One life of a ganesha; why it ended."""
-        consolidate(room.recovery_root)
-        self.epoch = room.take_ganesha_epoch()
+        await on_volume(consolidate, room.recovery_root)
+        self.epoch = await on_volume(room.take_ganesha_epoch)
         killers: list[Callable[[], None]] = []
         try:
             async with run_ganesha(

@@ -1,7 +1,7 @@
 """The filesystem of a volume: proven blank before it is made, checked, mounted, grown, laid out.
 
-Layout (docs/on-disk.md): `data/` is what clients see, `.share-manager/` is ours. The latter is a small filesystem of
-its own, kept in `.share-manager.img` and mounted over that directory, so that clients who fill `data/` leave client
+Layout (docs/on-disk-format.md): `data/` is what clients see, `.share-manager/` is ours. The latter is a small
+filesystem of its own, kept in `.share-manager.img` and mounted over that directory, so that clients who fill `data/` leave client
 records and counters their blocks and inodes.
 """
 
@@ -13,6 +13,7 @@ import os
 import struct
 import uuid
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -23,6 +24,7 @@ from share_manager.errors import CommandError, FilesystemError, TimeoutProblem
 from share_manager.events import Reporter
 from share_manager.share.commands import run
 from share_manager.share.formatting import Kind, device_size, format_if_blank
+from share_manager.share.onvolume import on_volume
 from share_manager.share.procfs import CAP_SYS_RESOURCE, holds_capability, mount_at
 
 _FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS, _FS_DIRSYNC_FL = 0x80086601, 0x40086602, 0x00010000
@@ -88,7 +90,7 @@ async def check(device: str, kind: Kind) -> Checked:
     """
     if kind == "xfs":
         return Checked(needed=False)
-    replay, error = ext4_flags(ext4_superblock(device))
+    replay, error = ext4_flags(await on_volume(ext4_superblock, device))
     if not replay and not error:
         return Checked(needed=False)
     # 0 clean, 1 corrected, 2 corrected and "reboot" (for a mounted root): e2fsck(8)
@@ -119,7 +121,7 @@ def mount_options(kind: Kind, dirsync: bool) -> str:
 
 async def mount(device: str, kind: Kind, target: Path, options: str) -> None:
     """Raises FilesystemError."""
-    target.mkdir(mode=0o700, exist_ok=True)
+    await on_volume(partial(target.mkdir, mode=0o700, exist_ok=True))
     try:
         await run("mount", "-t", kind, "-o", options, device, str(target), timeout=3600)
     except CommandError as error:
@@ -154,7 +156,7 @@ async def grow_unmounted(device: str) -> bool:
 
     Whether it has grown. Raises CommandError.
     """
-    if not is_smaller(device) or holds_capability(CAP_SYS_RESOURCE):
+    if not await on_volume(is_smaller, device) or holds_capability(CAP_SYS_RESOURCE):
         return False
     await run("e2fsck", "-f", "-p", device, ok=(0, 1, 2), timeout=6 * 3600)
     await run("resize2fs", device, timeout=3600)
@@ -165,7 +167,7 @@ async def grow(device: str, kind: Kind, target: Path) -> bool:
     """Grow the mounted filesystem to its device; whether it was smaller. Raises CommandError."""
     before = os.statvfs(target)
     if kind == "ext4":
-        if not is_smaller(device):
+        if not await on_volume(is_smaller, device):
             return False
         await run("resize2fs", device, timeout=3600)
     else:
@@ -296,7 +298,7 @@ async def mounted(
         report.emit("mounted", f"mounted at {target}", mountpoint=str(target), fs=kind)
         if grown or (not made and await grow(device, kind, target)):
             report.emit("grown", f"{kind} has grown to the volume's size", fs=kind, size_bytes=device_size(device))
-        lay_out(target, options)
+        await on_volume(lay_out, target, options)
         yield Mounted(target, device, kind, fs_uuid)
     finally:
         with trio.CancelScope(shield=True):

@@ -9,11 +9,10 @@ import uuid
 from pathlib import Path
 from typing import Literal
 
-import trio
-
 from engine.durable import replace_file, sync_directory
 from share_manager.errors import CommandError, FilesystemError, FilesystemKindError, ForeignContentError
 from share_manager.share.commands import run
+from share_manager.share.onvolume import on_volume
 
 Kind = Literal["ext4", "xfs"]
 DEFAULT_KIND: Kind = "ext4"
@@ -77,7 +76,7 @@ async def format_if_blank(
         return _check_found(device, found, kind, fs_uuid, remedy), False
     if not unfinished:
         size = device_size(device)
-        offset = await trio.to_thread.run_sync(first_nonzero, device, size, abandon_on_cancel=True)
+        offset = await on_volume(first_nonzero, device, size)
         if offset is not None:
             raise ForeignContentError(device, f"data without a known signature (at byte {offset})", remedy)
     wanted: Kind = kind or DEFAULT_KIND
@@ -87,10 +86,10 @@ async def format_if_blank(
     except CommandError:
         if not unfinished and not await probe(device):
             size = device_size(device)
-            if await trio.to_thread.run_sync(first_nonzero, device, size) is None:
+            if await on_volume(first_nonzero, device, size) is None:
                 marker.unlink()
         raise
-    await trio.to_thread.run_sync(_sync_device, device)
+    await on_volume(_sync_device, device)
     marker.unlink()
     sync_directory(marker.parent)
     return wanted, True

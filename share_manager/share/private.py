@@ -22,6 +22,7 @@ from share_manager.events import Reporter
 from share_manager.share import filesystem
 from share_manager.share.commands import run
 from share_manager.share.loop import attach_loop, detach_loop
+from share_manager.share.onvolume import on_volume
 from share_manager.share.supervise import next_ganesha_epoch
 
 SMALL, LARGE = 16 << 20, 32 << 20
@@ -57,12 +58,12 @@ def create_image(image: Path, size: int) -> Path:
 async def ensure_image(root: Path, volume_size: int) -> Path:
     """Make the image when it is missing, wholly or not at all. Raises OSError, CommandError."""
     image = root / filesystem.PRIVATE_IMAGE
-    if not image.exists():
+    if not await on_volume(image.exists):
         size = image_size(volume_size)
-        building = await trio.to_thread.run_sync(create_image, image, size, abandon_on_cancel=True)
+        building = await on_volume(create_image, image, size)
         argv = ["mkfs.ext4", "-q", "-F", "-b", "4096", "-m", "0", "-J", "size=4", "-N", str(INODES[size])]
         await run(*argv, "-e", "remount-ro", "-E", "nodiscard,lazy_itable_init=0", str(building))
-        _finish(building, image)
+        await on_volume(_finish, building, image)
     return image
 
 
@@ -92,7 +93,7 @@ class PrivateRoom:
         return filesystem.health(self.directory, self.device, self._errors)
 
     def take_ganesha_epoch(self) -> int:
-        """The number for the next start, durably taken before it is used. Raises OSError."""
+        """The number for the next start, durably taken before it is used. Blocks on the volume. Raises OSError."""
         path = self.directory / EPOCH
         last = 0
         with contextlib.suppress(FileNotFoundError, msgspec.DecodeError, msgspec.ValidationError):
@@ -100,6 +101,12 @@ class PrivateRoom:
         number = next_ganesha_epoch(last, time.time())
         replace_file(path, msgspec.json.encode(GaneshaEpoch(number)), mode=0o600)
         return number
+
+
+def _prepare(room: PrivateRoom) -> None:
+    room.directory.chmod(0o700)
+    filesystem.set_dirsync(room.directory)
+    make_durable(room.recovery_root)
 
 
 @contextlib.asynccontextmanager
@@ -122,9 +129,7 @@ async def private_room(
         await _check(device, report)
         await filesystem.mount(device, "ext4", target, filesystem.mount_options("ext4", dirsync=True))
         room = PrivateRoom(target, device)
-        target.chmod(0o700)
-        filesystem.set_dirsync(target)
-        make_durable(room.recovery_root)
+        await on_volume(_prepare, room)
         yield room
     finally:
         with trio.CancelScope(shield=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,20 @@ def start_time(pid: int) -> int | None:
 def identify(pid: int) -> ProcessId | None:
     start = start_time(pid)
     return None if start is None else ProcessId(pid, start)
+
+
+def is_dying(pid: int) -> bool:
+    """Killed, and not yet gone: its last threads wait for something, with all that the process held still open.
+
+    A zombie whose pid still holds a lock has such threads; so has a process with SIGKILL pending (proc(5)).
+    """
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    pending = int(fields.get("SigPnd", "0"), 16) | int(fields.get("ShdPnd", "0"), 16)
+    return fields.get("State", "").strip()[:1] in ("Z", "X") or bool(pending >> (signal.SIGKILL - 1) & 1)
 
 
 def is_alive(process: ProcessId) -> bool:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from share_manager.paths import VolumePaths
 from share_manager.share import leftovers
 from share_manager.share.leftovers import Leftovers, Step, classify, plan
-from share_manager.share.procfs import ProcessId, identify, is_alive, parse_mounts, start_time
+from share_manager.share.procfs import ProcessId, identify, is_alive, is_dying, parse_mounts, start_time
 from share_manager.share.state import RunState, StateFile, read_state
 
 P = ProcessId(7, 1)
@@ -132,3 +133,19 @@ def test_socket_paths_fit_the_longest_name(tmp_path: Path) -> None:
 
 def test_volumes_of_two_data_directories_do_not_meet(tmp_path: Path) -> None:
     assert VolumePaths(tmp_path / "a", "v").run != VolumePaths(tmp_path / "b", "v").run
+
+
+def test_a_killed_process_whose_threads_linger_is_told_from_a_living_one() -> None:
+    living = subprocess.Popen(["sleep", "60"])
+    try:
+        assert not is_dying(living.pid)
+        living.kill()
+        # not reaped yet: a zombie, as a process is whose last thread still waits for its disk
+        deadline = time.monotonic() + 10
+        while not is_dying(living.pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        living.kill()
+        living.wait()
+    assert not is_dying(living.pid)

@@ -127,8 +127,11 @@ StartFire = Callable[..., contextlib.AbstractContextManager[Fire]]
 def start_fire(
     make_share: MakeShare, one: Guest, two: Guest, stalls: Stalls, progress: Progress, request: pytest.FixtureRequest
 ) -> StartFire:
-    def start(name: str, versions: tuple[str, str] = ("4.2", "4.1")) -> contextlib.AbstractContextManager[Fire]:
-        return under_fire(make_share(name, options=SHORT_GRACE), (one, two), stalls, progress, versions)
+    def start(
+        name: str, versions: tuple[str, str] = ("4.2", "4.1"), frontend: str = "device"
+    ) -> contextlib.AbstractContextManager[Fire]:
+        share = make_share(name, options=(*SHORT_GRACE, "--frontend", frontend))
+        return under_fire(share, (one, two), stalls, progress, versions)
 
     return start
 
@@ -166,10 +169,22 @@ def test_killing_two_replicas_at_once(start_fire: StartFire) -> None:
             fire.kill("kill two replicas", *names)
 
 
-def test_killing_the_engine(start_fire: StartFire) -> None:
+def test_killing_the_engine_which_is_replaced_in_place(start_fire: StartFire) -> None:
     with start_fire("engine") as fire:
+        before = fire.share.status()
         for _ in range(3):
-            fire.kill("kill the engine", "engine")
+            fire.kill("kill the engine (replaced in place)", "engine")
+        after = fire.share.status()
+        assert (after.epoch, after.pids()["ganesha"]) == (before.epoch, before.pids()["ganesha"])
+
+
+def test_killing_an_engine_that_cannot_be_replaced_in_place(start_fire: StartFire) -> None:
+    """Attach, mount and export anew, in the order in which no client sees an error."""
+    with start_fire("reattach", frontend="pyfuse3") as fire:
+        epoch = fire.share.status().epoch
+        for _ in range(3):
+            fire.kill("kill the engine (attached anew)", "engine")
+        assert fire.share.status().epoch == epoch + 3
 
 
 def test_killing_the_engine_while_the_share_comes_up(start_fire: StartFire) -> None:
@@ -249,16 +264,25 @@ def test_bulk_writes_across_kills_of_everything_in_turn(
 
 
 @pytest.mark.parametrize(
-    "victims", [("engine",), ("ganesha",), ("share-manager", "engine")], ids=lambda victims: " and ".join(victims)
+    ("victims", "frontend"),
+    [
+        (("engine",), "pyfuse3"),
+        (("engine",), "device"),
+        (("ganesha",), "device"),
+        (("share-manager", "engine"), "device"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " and ".join(value),
 )
-def test_unstable_writes_survive(make_share: MakeShare, one: Guest, two: Guest, victims: tuple[str, ...]) -> None:
+def test_unstable_writes_survive(
+    make_share: MakeShare, one: Guest, two: Guest, victims: tuple[str, ...], frontend: str
+) -> None:
     """Written, answered, not committed; then the fault, then fsync.
 
     A new ganesha has another write verifier, so the client sends everything again. Only an engine that is replaced
     under a ganesha that stays needs none of that: the server's page cache is still there.
     """
     size = 6 * MIB
-    share = make_share(f"unstable-{victims[0]}", options=SHORT_GRACE).start()
+    share = make_share(f"unstable-{victims[0]}", options=(*SHORT_GRACE, "--frontend", frontend)).start()
     with mounted(one, share.export, "4.2", "write=eager") as here, mounted(two, share.export) as there:
         before = share.status().pids()
         job = one.spawn(pressure.unstable, path=f"{here}/unstable", mountpoint=here, seed=77, size=size)
@@ -273,7 +297,9 @@ def test_unstable_writes_survive(make_share: MakeShare, one: Guest, two: Guest, 
         counted = job.finish()
         sent = counted["pushed"]["WRITE"] - counted["before"]["WRITE"]
         assert sent >= size // MIB
-        if victims != ("engine",) or share.status().pids()["ganesha"] != before["ganesha"]:
+        replaced = victims == ("engine",) and frontend == "device"
+        assert (share.status().pids()["ganesha"] == before["ganesha"]) is replaced
+        if not replaced:
             assert counted["after"]["WRITE"] >= counted["pushed"]["WRITE"] + sent
         assert counted["after"]["COMMIT"] > counted["pushed"]["COMMIT"]
         two.call(tree.drop_caches)
