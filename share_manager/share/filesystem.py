@@ -1,8 +1,8 @@
 """The filesystem of a volume: proven blank before it is made, checked, mounted, grown, laid out.
 
 Layout (docs/on-disk-format.md): `data/` is what clients see, `.share-manager/` is ours. The latter is a small
-filesystem of its own, kept in `.share-manager.img` and mounted over that directory, so that clients who fill `data/` leave client
-records and counters their blocks and inodes.
+filesystem of its own, kept in `.share-manager.img` and mounted over that directory, so that clients who fill `data/`
+leave client records and counters their blocks and inodes.
 """
 
 from __future__ import annotations
