@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -13,9 +12,10 @@ from typing import Literal
 
 import msgspec
 
-from share_manager.errors import PACKAGES, MissingProgramError
+from share_manager.errors import PACKAGES, AddressError, MissingProgramError, PortInUseError
 from share_manager.share.commands import environment, find_program
 from share_manager.share.procfs import CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN, CAP_SYS_RESOURCE, holds_capability
+from share_manager.share.session import check_port
 
 LEAST_FREE = 1 << 30
 _PROGRAM_PACKAGES = {
@@ -134,18 +134,15 @@ def check_mtab() -> Check:
 
 def check_nfs_port(address: str, port: int) -> Check:
     name = f"port {port}"
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-            probe.listen(1)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                # a running share holds its own port, and that is as it should be
-                return warning(name, f"in use on {address}", "serve with another --port or --bind, or stop its user")
-            remedy = "choose an address of this machine with --bind"
-            return failed(name, f"{address} cannot be used: {error.strerror}", remedy)
+    try:
+        check_port(address, port)
+    except PortInUseError:
+        # a running share holds its own port, and that is as it should be
+        return warning(name, f"in use on {address}", "serve with another --port or --bind, or stop its user")
+    except AddressError as error:
+        return failed(
+            name, f"{address} cannot be used: {error.reason}", "choose an address of this machine with --bind"
+        )
     return passed(name, f"free on {address}")
 
 
