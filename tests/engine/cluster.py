@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -24,8 +25,9 @@ UUID = "3c9c1b1e-6a53-4c0a-8d3b-1f1d0f0c7a11"
 
 
 class Cluster:
-    def __init__(self, directory: Path, replicas: int = 3, size: int = 16 << 20) -> None:
+    def __init__(self, directory: Path, replicas: int = 3, size: int = 16 << 20, tcp: bool = False) -> None:
         self.directory = directory
+        self._ports = dict(enumerate(free_ports(replicas) if tcp else ()))
         self.size = size
         self.names = [f"r{i + 1}" for i in range(replicas)]
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -40,7 +42,7 @@ class Cluster:
                 uuid=UUID,
                 size=size,
                 replicas=tuple(
-                    ReplicaRecord(name=name, address=f"unix:{self.socket(name)}", directory=str(directory / name))
+                    ReplicaRecord(name=name, address=self.address(name), directory=str(directory / name))
                     for name in self.names
                 ),
                 in_sync=tuple(self.names),
@@ -50,11 +52,15 @@ class Cluster:
     def socket(self, name: str) -> Path:
         return self.directory / f"{name}.sock"
 
+    def address(self, name: str) -> str:
+        port = self._ports.get(self.names.index(name))
+        return f"unix:{self.socket(name)}" if port is None else f"tcp:127.0.0.1:{port}"
+
     def start(self, *names: str) -> None:
         for name in names or self.names:
             config = ReplicaConfig(
                 directory=str(self.directory / name),
-                listen=f"unix:{self.socket(name)}",
+                listen=self.address(name),
                 secret_file=str(self.secret),
             )
             with (self.directory / f"{name}.log").open("ab") as log:
@@ -110,7 +116,7 @@ class Cluster:
 
     async def status(self, name: str) -> messages.StatusReply:
         """What a replica says of itself, over a connection of its own."""
-        address = Address.parse(f"unix:{self.socket(name)}")
+        address = Address.parse(self.address(name))
         connection = await ReplicaConnection.connect(name, 1, address, read_secret(self.secret))
         try:
             async with trio.open_nursery() as nursery:
@@ -139,9 +145,18 @@ class Cluster:
                 raise AssertionError(f"{name} differs from {self.names[0]} at {where}")
 
 
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback address that nobody listens on; held together, so that they differ."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
 @contextlib.contextmanager
-def cluster(directory: Path, replicas: int = 3, size: int = 16 << 20) -> Iterator[Cluster]:
-    made = Cluster(directory, replicas, size)
+def cluster(directory: Path, replicas: int = 3, size: int = 16 << 20, tcp: bool = False) -> Iterator[Cluster]:
+    made = Cluster(directory, replicas, size, tcp)
     try:
         made.start()
         yield made

@@ -41,6 +41,21 @@ async def test_what_was_written_is_read_back_and_on_every_replica(three: Cluster
     assert three.contents("r1")[BLOCK : 2 * BLOCK] == data[:BLOCK]
 
 
+async def test_replicas_over_tcp_are_written_killed_and_brought_back(tmp_path: Path) -> None:
+    with cluster(tmp_path, tcp=True) as three:
+        async with three.attached() as volume:
+            data = os.urandom(1 << 20)
+            await volume.write(0, data)
+            three.kill("r1")
+            await volume.write(1 << 20, data)
+            assert three.store.read().in_sync == ("r2", "r3")
+            three.start("r1")
+            await until(lambda: in_sync(volume) == set(three.names))
+            assert await volume.read(1 << 19, 1 << 20) == data[1 << 19 :] + data[: 1 << 19]
+        three.stop()
+        three.assert_identical()
+
+
 async def test_every_flush_reaches_every_replica(three: Cluster) -> None:
     async with three.attached() as volume:
         before = {name: (await three.status(name)).flushes for name in three.names}
