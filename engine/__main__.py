@@ -109,6 +109,7 @@ def main(argv: list[str]) -> int:
             key,
             epoch=config.epoch,
             incarnation=config.incarnation,
+            instances=config.instances if config.resume else None,
             open_timeout=config.open_timeout,
             request_timeout=config.request_timeout,
             reconnect_interval=config.reconnect_interval,

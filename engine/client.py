@@ -26,13 +26,16 @@ class EngineUnreachableError(EngineError):
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """`state`: in_sync, resyncing, leaving (its removal is not recorded yet), or out. `resync_*` in bytes."""
+    """`state`: in_sync, resyncing, leaving (its removal is not recorded yet), or out. `resync_*` in bytes.
+
+    `instance` is the start of its process that the engine is connected to; empty when it is not connected."""
 
     name: str
     address: str
     directory: str
     state: str
     reason: str = ""
+    instance: str = ""
     resync_done: int = 0
     resync_total: int = 0
 

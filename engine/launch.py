@@ -27,7 +27,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     `record` is the path of the volume record, whose epoch must be `epoch` already (see `engine.record.bump_epoch`).
     `fuse_fd` is an inherited descriptor of /dev/fuse that is mounted at `block_file` already (see `engine.frontend`);
-    with `resume` an engine of a lower `incarnation` served it and is gone.
+    with `resume` an engine of a lower `incarnation` served it and is gone, and `instances` says which starts of the
+    replicas' processes that one was connected to: what another start lacks, the page cache above takes for written.
     `control` is the path of the unix socket on which the engine answers its supervisor (see `engine.client`).
     Times are in seconds.
     """
@@ -37,6 +38,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int
     incarnation: int = 1
     resume: bool = False
+    instances: dict[str, str] = {}
     frontend: str = "device"
     fuse_fd: int
     block_file: str

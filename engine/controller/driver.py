@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import outcome
@@ -78,6 +78,7 @@ class Controller:
         key: bytes,
         *,
         incarnation: int,
+        instances: Mapping[str, str] | None,
         open_timeout: float,
         request_timeout: float,
         reconnect_interval: float,
@@ -89,6 +90,7 @@ class Controller:
         self.failed = trio.Event()
         self._store = store
         self._key = key
+        self._instances = instances
         self._open_timeout = open_timeout
         self._request_timeout = request_timeout
         self._reconnect_interval = reconnect_interval
@@ -401,6 +403,10 @@ class Controller:
                 nursery.start_soon(try_open, name)
         if fenced:
             raise FencedError(self.token, fenced[0].highest, fenced[0].where)
+        for name in [name for name, (connection, _) in opened.items() if self._restarted(connection)]:
+            # what it had acknowledged and not flushed may be gone, and nobody above would write it again
+            reasons[name] = "its process was restarted"
+            opened.pop(name)[0].close()
         if not opened:
             raise NoReplicaError(self.record.volume, reasons)
         regions = {reply.region_size for _, reply in opened.values()}
@@ -427,6 +433,9 @@ class Controller:
         await self._wait_until(lambda: not self.core.leaving or self.failure is not None)
         if self.failure is not None:
             raise self.failure
+
+    def _restarted(self, connection: ReplicaConnection) -> bool:
+        return self._instances is not None and self._instances.get(connection.name) != connection.instance
 
     async def _keep(self, name: str) -> None:
         """Brings a replica back whenever it is out."""
@@ -585,7 +594,8 @@ class Controller:
         core = self.core
         replicas: list[ReplicaStatus] = []
         for replica in self.record.replicas:
-            resync = core.resyncs.get(core.bit(replica.name))
+            bit = core.bit(replica.name)
+            resync, connection = core.resyncs.get(bit), self._connections.get(bit)
             replicas.append(
                 ReplicaStatus(
                     name=replica.name,
@@ -593,6 +603,7 @@ class Controller:
                     directory=replica.directory,
                     state=core.state(replica.name).value,
                     reason=core.reason(replica.name),
+                    instance=connection.instance if connection else "",
                     resync_done=resync.copied * core.region_size if resync else 0,
                     resync_total=resync.total * core.region_size if resync else 0,
                 )
@@ -642,11 +653,16 @@ def attach(
     *,
     epoch: int,
     incarnation: int = 1,
+    instances: Mapping[str, str] | None = None,
     open_timeout: float = 1.0,
     request_timeout: float = 8.0,
     reconnect_interval: float = 0.5,
 ) -> Controller:
-    """A controller for the attachment that claimed `epoch` in the record. Raises RecordError, FencedError."""
+    """A controller for the attachment that claimed `epoch` in the record.
+
+    With `instances` it takes over from an earlier incarnation, whose requests had come from a page cache that is still
+    there: members that were restarted since then are out. Raises RecordError, FencedError.
+    """
     record = store.read()
     if record.epoch != epoch:
         raise FencedError((epoch, incarnation), (record.epoch, 0), "the volume record")
@@ -655,6 +671,7 @@ def attach(
         store,
         key,
         incarnation=incarnation,
+        instances=instances,
         open_timeout=open_timeout,
         request_timeout=request_timeout,
         reconnect_interval=reconnect_interval,

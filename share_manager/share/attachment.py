@@ -145,7 +145,8 @@ class _EngineStarter:
         self._state = state
         self._frontend = frontend
 
-    async def start(self, incarnation: int) -> Child:
+    async def start(self, incarnation: int, before: EngineStatus | None = None) -> Child:
+        """The first engine, or the one that takes over where `before` was the last known of its predecessor."""
         paths = self._paths
         paths.engine_control.unlink(missing_ok=True)
         config = EngineConfig(
@@ -153,7 +154,8 @@ class _EngineStarter:
             secret_file=str(paths.secret),
             epoch=self._record.epoch,
             incarnation=incarnation,
-            resume=incarnation > 1,
+            resume=before is not None,
+            instances={replica.name: replica.instance for replica in before.replicas} if before else {},
             frontend=self._frontend,
             fuse_fd=self._fuse.fd,
             block_file=str(paths.block_file),
@@ -215,7 +217,7 @@ async def _watch_exit(attachment: Attachment, starter: _EngineStarter, report: R
         await attachment.engine.aclose()
         with trio.CancelScope(shield=True):
             # once started it must be known, or nobody would stop it
-            attachment.engine = await starter.start(attachment.incarnation)
+            attachment.engine = await starter.start(attachment.incarnation, attachment.status)
         tasks.start_soon(attachment.engine.follow_output)
         try:
             await _wait_ready(attachment)

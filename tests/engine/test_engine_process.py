@@ -59,13 +59,15 @@ class Engine:
         assert self.process.stdout is not None
         self.first: dict[str, Any] = json.loads(self.process.stdout.readline())
 
-    def take_over(self) -> None:
-        """Kill the engine, and start another one on the same file."""
+    def take_over(self, before: EngineStatus) -> None:
+        """Kill the engine, and start another one on the same file, which is told the last known of its predecessor."""
         self.process.kill()
         self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
-        self._start(msgspec.structs.replace(self.config, incarnation=self.config.incarnation + 1, resume=True))
+        incarnation = self.config.incarnation + 1
+        instances = {replica.name: replica.instance for replica in before.replicas}
+        self._start(msgspec.structs.replace(self.config, incarnation=incarnation, resume=True, instances=instances))
 
     async def status(self) -> EngineStatus:
         return await EngineClient(self.control).status()
@@ -318,9 +320,10 @@ async def test_another_engine_takes_over_the_file_under_load_and_nobody_sees_an_
             for share in range(4):
                 nursery.start_soon(worker, share)
             for _ in range(3):
-                assert (await engine.status()).resumable
+                before = await engine.status()
+                assert before.resumable
                 await trio.sleep(rng.uniform(0.2, 0.5))
-                await trio.to_thread.run_sync(engine.take_over)
+                await trio.to_thread.run_sync(engine.take_over, before)
                 assert engine.first["event"] == "ready", engine.first
             await trio.sleep(0.3)
             stop = True
@@ -345,7 +348,8 @@ async def test_an_engine_of_a_lower_incarnation_is_fenced_by_the_one_that_took_o
     try:
         os.kill(engine.process.pid, signal.SIGSTOP)
         first = engine.process
-        engine._start(msgspec.structs.replace(engine.config, incarnation=2, resume=True))
+        instances = {name: (await three.status(name)).instance for name in three.names}
+        engine._start(msgspec.structs.replace(engine.config, incarnation=2, resume=True, instances=instances))
         assert engine.first["event"] == "ready"
         await thread(write, engine.device.path, 0, b"2" * BLOCK)
         os.kill(first.pid, signal.SIGCONT)
@@ -355,3 +359,46 @@ async def test_an_engine_of_a_lower_incarnation_is_fenced_by_the_one_that_took_o
         first.stdout.close()
     finally:
         engine.end()
+
+
+async def test_a_replica_that_restarted_with_the_engine_does_not_count_for_the_one_that_takes_over(
+    three: Cluster,
+) -> None:
+    engine = Engine(three, frontend="device")
+    try:
+        await thread(write, engine.device.path, 0, b"1" * BLOCK)
+        before = await engine.status()
+        three.kill("r1")
+        three.start("r1")
+        await thread(engine.take_over, before)
+        assert engine.first["event"] == "ready", engine.first
+        states = {replica.name: replica.state for replica in (await engine.status()).replicas}
+        assert (states["r2"], states["r3"]) == ("in_sync", "in_sync")
+        assert await thread(with_block, engine.device.path) == b"1" * BLOCK
+        with trio.fail_after(20):
+            while set(three.store.read().in_sync) != set(three.names):
+                await trio.sleep(0.02)
+        # it left and joined again: the record was written for both
+        assert three.store.read().version >= 4
+    finally:
+        engine.end()
+
+
+async def test_nobody_takes_over_when_every_replica_restarted(three: Cluster) -> None:
+    engine = Engine(three, frontend="device")
+    try:
+        await thread(write, engine.device.path, 0, b"1" * BLOCK)
+        before = await engine.status()
+        engine.process.kill()
+        three.abandon()
+        three.start()
+        await thread(engine.take_over, before)
+        assert engine.first["class"] == "NoReplicaError"
+        assert await engine.wait() == 4
+    finally:
+        engine.end()
+
+
+def with_block(path: Path) -> bytes:
+    with path.open("rb", buffering=0) as file:
+        return file.read(BLOCK)
