@@ -43,7 +43,23 @@ READ, WRITE, FLUSH, UNMAP = int(FrameType.READ), int(FrameType.WRITE), int(Frame
 PING, SETTLED, BITMAP = int(FrameType.PING), int(FrameType.SETTLED), int(FrameType.BITMAP)
 HELLO, AUTH = int(FrameType.HELLO), int(FrameType.AUTH)
 # answered after work of their own; the frames behind them on the connection wait
-CONTROL = frozenset(map(int, (FrameType.OPEN, FrameType.STATUS, FrameType.TRACK, FrameType.STATE, FrameType.CLOSE)))
+CONTROL = frozenset(
+    map(
+        int,
+        (
+            FrameType.OPEN,
+            FrameType.STATUS,
+            FrameType.TRACK,
+            FrameType.STATE,
+            FrameType.CLOSE,
+            FrameType.SNAPSHOT,
+            FrameType.REVERT,
+            FrameType.REMOVE_SNAPSHOT,
+        ),
+    )
+)
+# answered after work of their own, for which nothing else waits
+BACKGROUND = frozenset(map(int, (FrameType.SNAPSHOTS, FrameType.COALESCE, FrameType.READ_SNAPSHOT)))
 WITHOUT_OPEN = frozenset(map(int, (FrameType.OPEN, FrameType.STATUS, FrameType.PING)))
 DATA = frozenset((READ, WRITE, FLUSH, UNMAP, SETTLED, BITMAP))
 
@@ -238,6 +254,13 @@ class Connection:
                 self._bitmap(frames[index])
             elif kind in CONTROL:
                 return index
+            elif kind in BACKGROUND:
+                if kind == FrameType.READ_SNAPSHOT and (offset + length > size or not 0 < length <= MAX_REQUEST):
+                    self._bad_range(frames[index])
+                else:
+                    server.snapshots.background(self, frames[index])
+                    if server.snapshots.crowded:
+                        return index + 1
             else:
                 raise ProtocolError(f"unknown frame type {kind:#x}")
         return len(frames)
@@ -268,7 +291,7 @@ class Connection:
                 self.reply(kind, 0, seq)
             elif kind in WITHOUT_OPEN:
                 return index
-            elif kind in DATA or kind in CONTROL:
+            elif kind in DATA or kind in CONTROL or kind in BACKGROUND:
                 self.refuse_unopened(frames[index])
             else:
                 raise ProtocolError(f"unknown frame type {kind:#x}")

@@ -8,7 +8,6 @@ parked across an await is checked again before it is applied or answered.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import signal
 import socket
@@ -19,10 +18,16 @@ from dataclasses import dataclass
 import structlog
 import trio
 
-from engine.errors import StoreError
+from engine.errors import (
+    SnapshotExistsError,
+    SnapshotInUseError,
+    SnapshotNotFoundError,
+    StoreError,
+)
 from engine.replica.connection import FLUSH, Connection
 from engine.replica.gate import Gate
 from engine.replica.listener import Listener, tune
+from engine.replica.snapshots import CHANGES, SnapshotRequests, no_room
 from engine.store import REGION_SIZE, Store
 from engine.wire import messages
 from engine.wire.frame import Frame, FrameType, Status
@@ -61,13 +66,15 @@ class Server:
         self._syncing_head = False
         self._wake_maps = trio.Event()
         self._wake_head = trio.Event()
-        self._changed = trio.lowlevel.ParkingLot()
+        self.changed = trio.lowlevel.ParkingLot()
         self._control = trio.Lock()
+        self.snapshots = SnapshotRequests(self)
         self._stop = trio.Event()
 
     async def serve(self, listener: Listener) -> bool:
         """Serve until `stop` (True: everything submitted is on disk) or a failure (False). Closes the listener."""
         async with trio.open_nursery() as nursery:
+            await nursery.start(self.snapshots.run)
             nursery.start_soon(self._accept, listener, nursery)
             nursery.start_soon(self._sync_maps)
             nursery.start_soon(self._sync_head)
@@ -97,12 +104,13 @@ class Server:
     async def _leave(self) -> None:
         for connection in self._connections:
             connection.read_scope.cancel()
-        await self._quiesce()
-        if not self.failed:
-            try:
-                await trio.to_thread.run_sync(self.store.sync)
-            except OSError as error:
-                self.fail(f"fdatasync failed: {error}")
+        await self.quiesce()
+        async with self.whole():  # not while the head is being switched
+            if not self.failed:
+                try:
+                    await trio.to_thread.run_sync(self.store.sync)
+                except OSError as error:
+                    self.fail(f"fdatasync failed: {error}")
 
     # connections
 
@@ -152,9 +160,9 @@ class Server:
         self._wake_maps.set()
 
     async def room(self) -> None:
-        """Wait while too much is parked."""
-        while self._parked_bytes > MAX_PARKED and not self.failed:
-            await self._changed.park()
+        """Wait while too much is parked or under way."""
+        while (self._parked_bytes > MAX_PARKED or self.snapshots.crowded) and not self.failed:
+            await self.changed.park()
 
     def flush(self, connection: Connection, frame: Frame) -> None:
         """Answer once an fdatasync that starts after everything received before was applied is done."""
@@ -180,7 +188,7 @@ class Server:
                 sync = self._gate.begin()
                 await trio.to_thread.run_sync(sync.run)
             except OSError as error:
-                self._fail_parked(f"cannot write a region map: {error}")
+                self.fail_parked(f"cannot write a region map: {error}")
                 return
             touched: dict[Connection, None] = {}
             for connection, frame in self._gate.finish(sync):
@@ -196,7 +204,7 @@ class Server:
                     touched[connection] = None
             for connection in touched:
                 connection.send()
-            self._changed.unpark_all()
+            self.changed.unpark_all()
 
     async def _sync_head(self) -> None:
         while not self.failed:
@@ -209,7 +217,7 @@ class Server:
                 await trio.to_thread.run_sync(self.store.sync)
             except OSError as error:
                 self._flushes = waiting + self._flushes
-                self._fail_parked(f"fdatasync failed: {error}")
+                self.fail_parked(f"fdatasync failed: {error}")
                 return
             self._syncing_head = False
             touched: dict[Connection, None] = {}
@@ -220,7 +228,7 @@ class Server:
                     touched[connection] = None
             for connection in touched:
                 connection.send()
-            self._changed.unpark_all()
+            self.changed.unpark_all()
 
     async def _expire(self) -> None:
         while not self.failed:
@@ -229,7 +237,7 @@ class Server:
             try:
                 self.store.maps.expire()
             except OSError as error:
-                self._fail_parked(f"cannot write a region map: {error}")
+                self.fail_parked(f"cannot write a region map: {error}")
 
     def fail(self, reason: str) -> None:
         """For good: what the kernel dropped after a failed sync cannot be had back, so this replica leaves."""
@@ -237,19 +245,19 @@ class Server:
             self.failed = reason
             log.error("replica failed", reason=reason)
         self._stop.set()
-        self._changed.unpark_all()
+        self.changed.unpark_all()
 
-    def _fail_parked(self, reason: str) -> None:
+    def fail_parked(self, reason: str) -> None:
         self.fail(reason)
         for connection, frame in (*self._gate.discard(), *self._flushes):
             connection.reply(frame[0], Status.IO_ERROR, frame[2], payload=reason.encode())
             connection.send()
         self._flushes = []
 
-    async def _quiesce(self) -> None:
+    async def quiesce(self) -> None:
         """Wait until nothing is parked."""
         while not self.failed and (not self._gate.idle or self._flushes or self._syncing_head):
-            await self._changed.park()
+            await self.changed.park()
 
     # control requests
 
@@ -265,17 +273,23 @@ class Server:
                 await self._track(connection, frame, messages.decode(payload, messages.Track))
             elif kind == FrameType.STATE:
                 await self._state(connection, frame, messages.decode(payload, messages.State))
+            elif kind in CHANGES:
+                await self.snapshots.control(connection, frame)
             else:
                 await self._close(connection, frame)
-        except StoreError as error:
-            connection.reply(kind, Status.BAD_REQUEST, seq, payload=error.reason.encode())
-        except OSError as error:
-            log.error("request failed", type=kind, reason=str(error))
-            status = Status.NO_SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else Status.IO_ERROR
-            connection.reply(kind, status, seq, payload=str(error).encode())
+        except (StoreError, OSError) as error:
+            self.answer_failure(connection, frame, error)
+
+    def answer_failure(self, connection: Connection, frame: Frame, error: StoreError | OSError) -> None:
+        if isinstance(error, StoreError):
+            status, text = _STATUS.get(type(error), Status.BAD_REQUEST), error.reason
+        else:
+            log.error("request failed", type=frame[0], reason=str(error))
+            status, text = Status.NO_SPACE if no_room(error) else Status.IO_ERROR, str(error)
+        connection.reply(frame[0], status, frame[2], payload=text.encode())
 
     @contextlib.asynccontextmanager
-    async def _whole(self) -> AsyncIterator[None]:
+    async def whole(self) -> AsyncIterator[None]:
         """One control request at a time, and to its end once begun, even if its connection goes meanwhile."""
         async with self._control:
             with trio.CancelScope(shield=True):
@@ -295,7 +309,7 @@ class Server:
             # from here on nothing of an older owner is applied or answered, even if the token cannot be persisted
             self.token = token
             self._depose(connection)
-        async with self._whole():
+        async with self.whole():
             if token < self.token:
                 log.warning("open refused", peer=connection.peer, epoch=token[0], incarnation=token[1])
                 connection.reply(kind, Status.STALE_EPOCH, seq, payload=self.highest())
@@ -326,7 +340,7 @@ class Server:
         for connection, frame in self._gate.discard():
             self._parked_bytes -= len(frame[5])
             connection.refuse_unopened(frame)
-        self._changed.unpark_all()
+        self.changed.unpark_all()
         if old is not None and old is not successor:
             log.warning("superseded", peer=old.peer, by=successor.peer)
             if old.token is not None and old.token < self.token:
@@ -338,40 +352,40 @@ class Server:
                 old.close()
 
     async def _track(self, connection: Connection, frame: Frame, wanted: messages.Track) -> None:
-        async with self._whole():
-            if self._refused(connection, frame):
+        async with self.whole():
+            if self.refused(connection, frame):
                 return
             change = self.store.begin_track(wanted.names)
             try:
                 await trio.to_thread.run_sync(change.run)
             except OSError as error:
-                self._fail_parked(f"cannot write a region map: {error}")
+                self.fail_parked(f"cannot write a region map: {error}")
                 raise
             self.store.maps.finish_track(change)
         connection.reply(frame[0], 0, frame[2])
 
     async def _state(self, connection: Connection, frame: Frame, wanted: messages.State) -> None:
-        async with self._whole():
-            if self._refused(connection, frame):
+        async with self.whole():
+            if self.refused(connection, frame):
                 return
             await trio.to_thread.run_sync(lambda: self.store.set_marks(rebuilding=wanted.rebuilding))
         connection.reply(frame[0], 0, frame[2])
 
     async def _close(self, connection: Connection, frame: Frame) -> None:
-        await self._quiesce()
-        async with self._whole():
-            if self._refused(connection, frame):
+        await self.quiesce()
+        async with self.whole():
+            if self.refused(connection, frame):
                 return
             maps = self.store.maps
             try:
                 await trio.to_thread.run_sync(self.store.sync)
-                if self._refused(connection, frame):  # deposed during the sync
+                if self.refused(connection, frame):  # deposed during the sync
                     return
                 maps.clear_settled_attachment()
                 sync = maps.begin()
                 await trio.to_thread.run_sync(sync.run)
             except OSError as error:
-                self._fail_parked(f"fdatasync failed: {error}")
+                self.fail_parked(f"fdatasync failed: {error}")
                 raise
             maps.finish(sync)
             if not maps.dirty_regions:
@@ -381,7 +395,7 @@ class Server:
             connection.token = None
         connection.reply(frame[0], 0, frame[2])
 
-    def _refused(self, connection: Connection, frame: Frame) -> bool:
+    def refused(self, connection: Connection, frame: Frame) -> bool:
         if self.failed:
             connection.reply(frame[0], Status.IO_ERROR, frame[2], payload=self.failed.encode())
             return True
@@ -411,6 +425,13 @@ class Server:
             read_bytes=counters.read_bytes,
             written_bytes=counters.written_bytes,
         )
+
+
+_STATUS: dict[type[StoreError], Status] = {
+    SnapshotExistsError: Status.EXISTS,
+    SnapshotNotFoundError: Status.NOT_FOUND,
+    SnapshotInUseError: Status.IN_USE,
+}
 
 
 def _peer_name(sock: socket.socket, peer: object) -> str:
