@@ -3,6 +3,15 @@
 from engine.store.layout import ReplicaInfo, create_replica, inspect_replica, resize_replica
 from engine.store.maps import RegionMaps
 from engine.store.regions import REGION_SIZE
-from engine.store.store import Store
+from engine.store.store import IoMode, Store
 
-__all__ = ["REGION_SIZE", "RegionMaps", "ReplicaInfo", "Store", "create_replica", "inspect_replica", "resize_replica"]
+__all__ = [
+    "REGION_SIZE",
+    "IoMode",
+    "RegionMaps",
+    "ReplicaInfo",
+    "Store",
+    "create_replica",
+    "inspect_replica",
+    "resize_replica",
+]

@@ -7,13 +7,14 @@ import errno
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 
 from engine.durable import sync_directory
 from engine.errors import FormatError, OutOfRangeError, StoreError
 from engine.store.chain import BLOCK, Chain
+from engine.store.direct import open_direct
 from engine.store.layout import (
     Identity,
     VolumeMeta,
@@ -32,6 +33,8 @@ from engine.wire.frame import Buffer
 
 _T = TypeVar("_T")
 
+IoMode = Literal["direct", "buffered", "auto"]
+
 
 class Store:
     """An open replica directory; this process holds its lock.
@@ -39,13 +42,16 @@ class Store:
     `read`, `write` and `unmap` raise OutOfRangeError and OSError. A write must be admitted by `maps` first.
     """
 
-    def __init__(self, directory: Path, lock: int, identity: Identity, meta: VolumeMeta) -> None:
+    def __init__(
+        self, directory: Path, lock: int, identity: Identity, meta: VolumeMeta, io: IoMode = "buffered"
+    ) -> None:
         self.directory = directory
         self.identity = identity
         self.meta = meta
         self.size = meta.size
         self._lock = lock
         self._files: list[int] = []
+        self._direct = -1
         try:
             with store_errors(directory, "open the replica"):
                 # what a killed process renamed is seen here, but must be on disk before anybody relies on it
@@ -54,6 +60,8 @@ class Store:
                     leftover.unlink()
                 self.chain = read_chain(directory, meta.head)
                 self._open_images()
+                if io != "buffered":
+                    self._direct = open_direct(directory / meta.head, insist=io == "direct")
                 self.maps = RegionMaps(directory, meta.size)
             with contextlib.suppress(OSError):
                 make_reserve(directory)
@@ -64,15 +72,18 @@ class Store:
         self._chain = Chain(self._files, meta.size)
 
     @classmethod
-    def open(cls, directory: Path) -> Store:
-        """Raises StoreError, also when another process has the directory open; FormatError for a newer format."""
+    def open(cls, directory: Path, io: IoMode = "buffered") -> Store:
+        """Raises StoreError, also when another process has the directory open; FormatError for a newer format.
+
+        `io` says whether `direct` is wanted: "auto" where it works, "direct" or not at all.
+        """
         lock = lock_directory(directory)
         try:
             identity, meta = read_identity(directory), read_volume_meta(directory)
         except BaseException:
             os.close(lock)
             raise
-        return cls(directory, lock, identity, meta)
+        return cls(directory, lock, identity, meta, io)
 
     def _open_images(self) -> None:
         for image in reversed(self.chain):
@@ -95,6 +106,14 @@ class Store:
     def token(self) -> tuple[int, int]:
         """Highest (epoch, incarnation) ever seen."""
         return self.identity.epoch, self.identity.incarnation
+
+    @property
+    def direct(self) -> int:
+        """An O_DIRECT descriptor of the head when the head alone holds the data, else -1: use `read` and `write`.
+
+        Requests through it bypass this object, so nothing may change the chain before they have completed.
+        """
+        return self._direct if len(self._files) == 1 else -1
 
     @property
     def allocated(self) -> int:
@@ -166,3 +185,6 @@ class Store:
         for fd in (*self._files, self._lock):
             os.close(fd)
         self._files.clear()
+        if self._direct >= 0:
+            os.close(self._direct)
+            self._direct = -1
