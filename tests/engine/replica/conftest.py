@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -10,16 +11,23 @@ import pytest
 
 from engine.launch import ReplicaConfig, replica_argv
 from engine.store import create_replica
+from engine.store.direct import open_direct
 from tests.engine.replica.client import KEY, UUID
 
 SIZE = 64 << 20
 
 
-@pytest.fixture
-def tmp_path() -> Iterator[Path]:
-    """In memory: what these tests say of syncs they count themselves, and a shared disk makes them wait."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as base:
+@pytest.fixture(params=["memory", "disk"])
+def tmp_path(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """In memory, where data goes through the page cache, and on disk, where it goes past it."""
+    home = Path("/dev/shm" if request.param == "memory" else "/var/tmp")
+    with tempfile.TemporaryDirectory(dir=home if home.is_dir() else None) as base:
+        if request.param == "disk":
+            (Path(base) / "probe").write_bytes(bytes(4096))
+            fd = open_direct(Path(base) / "probe", insist=False)
+            if fd < 0:
+                pytest.skip(f"{home} has no direct I/O")
+            os.close(fd)
         yield Path(base)
 
 
