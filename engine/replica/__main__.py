@@ -15,6 +15,7 @@ import structlog
 import trio
 
 from engine.address import Address
+from engine.allocator import keep_freed_memory
 from engine.errors import EngineError
 from engine.launch import ReplicaConfig
 from engine.replica.direct import open_ring
@@ -50,6 +51,7 @@ async def _serve(server: Server, listener: Listener) -> bool:
 
 def main(arguments: list[str]) -> int:
     configure_logging()
+    keep_freed_memory()
     if len(arguments) != 1:
         log.error("cannot start", reason="usage: python -m engine.replica CONFIG.json")
         return NOT_STARTED

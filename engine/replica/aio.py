@@ -5,6 +5,7 @@ Request and result layouts are those of linux/aio_abi.h; see io_submit(2). Only 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -19,6 +20,8 @@ PWRITE = 1
 NOWAIT = 8  # RWF_NOWAIT: EAGAIN where the submission would have to wait, for a lock or to allocate blocks
 FLAG_RESFD = 1
 
+POLL_NS = 100_000
+
 # io_setup, io_destroy, io_getevents, io_submit
 _CALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2), "riscv64": (0, 1, 4, 2)}
 
@@ -29,6 +32,7 @@ _FLAGS_AT = 12
 _FLAGS = struct.Struct("<I")
 # data u64 | iocb u64 | result i64 | result i64
 _EVENT = struct.Struct("<QQqq")
+_TIMESPEC = struct.Struct("=qq")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
@@ -65,6 +69,8 @@ class Ring:
         self._queued = 0
         self._events = bytearray(_EVENT.size * depth)
         self._events_at = ctypes.c_void_p(_address(self._events))
+        self._one, self._poll = ctypes.c_long(1), _TIMESPEC.pack(0, POLL_NS)
+        self._poll_at = ctypes.c_char_p(self._poll)
         self._zero, self._depth, self._null = ctypes.c_long(0), ctypes.c_long(depth), ctypes.c_void_p(None)
         self._failed: deque[tuple[int, int]] = deque()
 
@@ -80,11 +86,12 @@ class Ring:
         found: int = _FLAGS.unpack_from(self._iocbs, tag * 64 + _FLAGS_AT)[0]
         return found
 
-    def submit(self) -> None:
-        """Hand over what was prepared. What the kernel refuses completes with its error."""
+    def submit(self) -> int:
+        """Hand over what was prepared, and return how many. What the kernel refuses completes with its error."""
         count, self._queued = self._queued, 0
         if count:
             self._hand_over(self._queue_at, count)
+        return count
 
     def submit_all(self, tags: Sequence[int]) -> None:
         """Submit these again without NOWAIT; for a worker thread, since it may wait."""
@@ -109,16 +116,26 @@ class Ring:
             os.eventfd_write(self.eventfd, 1)
             done += 1
 
-    def completions(self) -> list[tuple[int, int]]:
-        """(tag, result) of what has completed; a result is a number of bytes, or an error number below zero."""
-        try:
-            os.eventfd_read(self.eventfd)
-        except BlockingIOError:
-            return []
+    def completions(self, wait: bool = False) -> list[tuple[int, int]]:
+        """(tag, result) of what has completed; a result is a number of bytes, or an error number below zero.
+
+        With `wait`, which is for a single request in flight, it is waited for, but no longer than `POLL_NS`. (Were
+        there others, one that completes between the two calls here would not be told by the eventfd any more.)
+        """
+        if wait:
+            count = _syscall(self._getevents, self._context, self._one, self._depth, self._events_at, self._poll_at)
+            if count > 0:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self.eventfd)
+        else:
+            try:
+                os.eventfd_read(self.eventfd)
+            except BlockingIOError:
+                return []
+            count = _syscall(self._getevents, self._context, self._zero, self._depth, self._events_at, self._null)
         found = []
         while self._failed:  # appended to by threads
             found.append(self._failed.popleft())
-        count = _syscall(self._getevents, self._context, self._zero, self._depth, self._events_at, self._null)
         unpack, events = _EVENT.unpack_from, self._events
         for at in range(0, count * 32, 32):
             tag, _, result, _ = unpack(events, at)

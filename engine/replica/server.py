@@ -251,7 +251,8 @@ class Server:
                 break
             self._ready.popleft()
             self._parked_bytes -= len(payload)
-        self.submit()
+        if direct is not None:
+            direct.ring.submit()
         for connection in touched:
             connection.send()
 

@@ -61,15 +61,15 @@ class Disk:
     def flags(self, tag: int) -> int:
         return self.ring.flags(tag)
 
-    def submit(self) -> None:
+    def submit(self) -> int:
         self.batches += 1
-        self.ring.submit()
+        return self.ring.submit()
 
     def submit_all(self, tags: Sequence[int]) -> None:
         self.ring.submit_all(tags)
 
-    def completions(self) -> list[tuple[int, int]]:
-        done, self.waiting = self.waiting + self.ring.completions(), []
+    def completions(self, wait: bool = False) -> list[tuple[int, int]]:
+        done, self.waiting = self.waiting + self.ring.completions(wait), []
         passed = []
         for tag, result in done:
             request = self._requests[tag]
