@@ -18,8 +18,8 @@ from engine.durable import replace_file
 class ReplicaConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One replica server. `listen` is `unix:/path` or `tcp:host:port`; `secret_file` holds the volume's key.
 
-    `io` is how the head is read and written: past the page cache ("direct"), through it ("buffered"), or past it
-    where that works ("auto").
+    `io` is how the head is read and written: through the page cache ("buffered"), past it ("direct"), or through it
+    except for reads that would wait for the disk ("auto"). Where the other two do not work it is "buffered".
     """
 
     directory: str

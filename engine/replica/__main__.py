@@ -42,7 +42,7 @@ async def _serve(server: Server, listener: Listener) -> bool:
             address=str(listener.address),
             replica=server.store.identity.replica,
             instance=server.instance,
-            io="buffered" if server.direct is None else "direct",
+            io=server.io,
         )
         clean = await server.serve(listener)
         nursery.cancel_scope.cancel()

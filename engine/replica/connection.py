@@ -195,6 +195,8 @@ class Connection:
         direct, fd = server.direct, store.direct
         if fd < 0:
             direct = None
+        cache = store.cache
+        direct_write = direct if cache is None else None
         server.tick()
         for index in range(at, len(frames)):
             kind, _, seq, offset, length, payload = frames[index]
@@ -202,12 +204,15 @@ class Connection:
                 if offset + length > size or not 0 < length <= MAX_REQUEST or payload:
                     self._bad_range(frames[index])
                     continue
-                if direct is not None:
-                    if not direct.read(self, fd, seq, offset, length):
-                        return index
-                    continue
                 try:
-                    data = store.read(offset, length)
+                    if direct is None:
+                        data = store.read(offset, length)
+                    elif cache is None or (cached := cache.read(offset, length)) is None:
+                        if not direct.read(self, fd, seq, offset, length):
+                            return index
+                        continue
+                    else:
+                        data = cached
                 except OSError as error:
                     self.io_error(frames[index], error)
                     continue
@@ -223,8 +228,8 @@ class Connection:
                     self._bad_range(frames[index])
                 elif not touch(offset, length, seq):
                     server.park(self, frames[index])
-                elif direct is not None:
-                    if not direct.write(self, fd, seq, offset, payload):
+                elif direct_write is not None:
+                    if not direct_write.write(self, fd, seq, offset, payload):
                         return index
                 else:
                     try:

@@ -25,7 +25,7 @@ from engine.replica.connection import FLUSH, WRITE, Connection
 from engine.replica.direct import Direct, Disk
 from engine.replica.gate import Gate
 from engine.replica.listener import Listener, tune
-from engine.store import REGION_SIZE, Store
+from engine.store import REGION_SIZE, IoMode, Store
 from engine.wire import messages
 from engine.wire.frame import Frame, FrameType, Status
 
@@ -174,6 +174,13 @@ class Server:
     def _starved(self) -> bool:
         return self.direct is not None and self.direct.starved
 
+    @property
+    def io(self) -> IoMode:
+        """What became of the wish of the configuration."""
+        if self.direct is None or self.store.direct < 0:
+            return "buffered"
+        return "direct" if self.store.cache is None else "auto"
+
     def submit(self) -> None:
         """Hand to the disk what a batch prepared."""
         if self.direct is not None:
@@ -241,7 +248,7 @@ class Server:
                 pass
             elif kind == FLUSH:
                 self._flush_behind(connection, frame)
-            elif direct is None or fd < 0:
+            elif direct is None or fd < 0 or (kind == WRITE and self.store.cache is not None):
                 connection.apply(frame)
                 touched[connection] = None
             elif kind == WRITE:

@@ -18,6 +18,9 @@ _MASK = struct.Struct("=I")
 _ALIGNMENTS = struct.Struct("=II")  # stx_dio_mem_align, stx_dio_offset_align
 _ALIGNMENTS_AT = 152
 
+_CACHESTAT = 451  # of every architecture, since Linux 6.5; man page cachestat(2)
+PAGE = 4096
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -63,3 +66,43 @@ def open_direct(image: Path, *, insist: bool) -> int:
         os.close(fd)
         return -1
     return fd
+
+
+class Cache:
+    """What of an image is in the page cache, and reading only that.
+
+    A read with RWF_NOWAIT alone would not do: where it finds nothing it starts to read ahead, so that whoever then
+    reads past the cache has the disk read twice.
+    """
+
+    def __init__(self, fd: int, largest: int) -> None:
+        """Raises OSError: this kernel cannot tell. `largest` is the length of the longest read."""
+        self._fd = fd
+        self._memory = mmap.mmap(-1, largest)
+        self._view = memoryview(self._memory)
+        self._range = (ctypes.c_uint64 * 2)()
+        self._found = (ctypes.c_uint64 * 5)()  # cached, dirty, under writeback, evicted, evicted lately
+        self._call = (
+            ctypes.c_long(_CACHESTAT),
+            ctypes.c_long(fd),
+            ctypes.byref(self._range),
+            ctypes.byref(self._found),
+            ctypes.c_long(0),
+        )
+        self._range[1] = PAGE
+        if _libc.syscall(*self._call):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+
+    def read(self, offset: int, length: int) -> bytes | None:
+        """None when the disk would be needed for it. Raises OSError."""
+        span = self._range
+        span[0], span[1] = offset, length
+        if _libc.syscall(*self._call) or self._found[0] <= (offset + length - 1) // PAGE - offset // PAGE:
+            return None
+        try:
+            if os.preadv(self._fd, (self._view[:length],), offset, os.RWF_NOWAIT) != length:
+                return None
+        except BlockingIOError:
+            return None
+        return self._memory[:length]

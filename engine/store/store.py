@@ -14,7 +14,7 @@ import msgspec
 from engine.durable import sync_directory
 from engine.errors import FormatError, OutOfRangeError, StoreError
 from engine.store.chain import BLOCK, Chain
-from engine.store.direct import open_direct
+from engine.store.direct import Cache, open_direct
 from engine.store.layout import (
     Identity,
     VolumeMeta,
@@ -29,7 +29,7 @@ from engine.store.layout import (
     write_volume_meta,
 )
 from engine.store.maps import RegionMaps, TrackSync
-from engine.wire.frame import Buffer
+from engine.wire.frame import MAX_PAYLOAD, Buffer
 
 _T = TypeVar("_T")
 
@@ -52,6 +52,7 @@ class Store:
         self._lock = lock
         self._files: list[int] = []
         self._direct = -1
+        self._cache: Cache | None = None
         try:
             with store_errors(directory, "open the replica"):
                 # what a killed process renamed is seen here, but must be on disk before anybody relies on it
@@ -61,7 +62,7 @@ class Store:
                 self.chain = read_chain(directory, meta.head)
                 self._open_images()
                 if io != "buffered":
-                    self._direct = open_direct(directory / meta.head, insist=io == "direct")
+                    self._open_direct(io)
                 self.maps = RegionMaps(directory, meta.size)
             with contextlib.suppress(OSError):
                 make_reserve(directory)
@@ -75,7 +76,7 @@ class Store:
     def open(cls, directory: Path, io: IoMode = "buffered") -> Store:
         """Raises StoreError, also when another process has the directory open; FormatError for a newer format.
 
-        `io` says whether `direct` is wanted: "auto" where it works, "direct" or not at all.
+        `io`: "direct" makes everything go past the page cache, "auto" reads that would have to wait for the disk.
         """
         lock = lock_directory(directory)
         try:
@@ -106,6 +107,19 @@ class Store:
     def token(self) -> tuple[int, int]:
         """Highest (epoch, incarnation) ever seen."""
         return self.identity.epoch, self.identity.incarnation
+
+    def _open_direct(self, io: IoMode) -> None:
+        if io == "auto":
+            try:
+                self._cache = Cache(self._files[-1], MAX_PAYLOAD)
+            except OSError:
+                return
+        self._direct = open_direct(self.directory / self.meta.head, insist=io == "direct")
+
+    @property
+    def cache(self) -> Cache | None:
+        """Where to look before a read through `direct`; writes go to the page cache too then, by `write`."""
+        return self._cache
 
     @property
     def direct(self) -> int:

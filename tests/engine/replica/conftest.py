@@ -13,16 +13,17 @@ from engine.launch import ReplicaConfig, replica_argv
 from engine.store import create_replica
 from engine.store.direct import open_direct
 from tests.engine.replica.client import KEY, UUID
+from tests.engine.replica.inside import io_of
 
 SIZE = 64 << 20
 
 
-@pytest.fixture(params=["memory", "disk"])
+@pytest.fixture(params=["memory", "disk", "direct"])
 def tmp_path(request: pytest.FixtureRequest) -> Iterator[Path]:
-    """In memory, where data goes through the page cache, and on disk, where it goes past it."""
+    """In memory, where data goes through the page cache; on disk, where slow reads, and where all goes past it."""
     home = Path("/dev/shm" if request.param == "memory" else "/var/tmp")
-    with tempfile.TemporaryDirectory(dir=home if home.is_dir() else None) as base:
-        if request.param == "disk":
+    with tempfile.TemporaryDirectory(prefix=request.param, dir=home if home.is_dir() else None) as base:
+        if request.param != "memory":
             (Path(base) / "probe").write_bytes(bytes(4096))
             fd = open_direct(Path(base) / "probe", insist=False)
             if fd < 0:
@@ -38,7 +39,10 @@ class ReplicaProcess:
         secret = base / "secret"
         secret.write_text(KEY.hex())
         self.config = ReplicaConfig(
-            directory=str(self.directory), listen=listen or f"unix:{base}/r1.sock", secret_file=str(secret)
+            directory=str(self.directory),
+            listen=listen or f"unix:{base}/r1.sock",
+            secret_file=str(secret),
+            io=io_of(base),
         )
         self.process: subprocess.Popen[bytes] | None = None
         self.address = ""

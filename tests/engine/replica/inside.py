@@ -14,7 +14,7 @@ from engine.address import Address
 from engine.replica import Server, listen
 from engine.replica.aio import Ring
 from engine.replica.direct import open_ring
-from engine.store import Store, create_replica
+from engine.store import IoMode, Store, create_replica
 from tests.engine.replica.client import KEY, UUID
 
 SIZE = 64 << 20
@@ -38,6 +38,11 @@ class Held:
             raise self.error
         self.inner()
         self.finished += 1
+
+
+def io_of(base: Path) -> IoMode:
+    """See the fixture `tmp_path`."""
+    return "direct" if base.name.startswith("direct") else "auto"
 
 
 class Disk:
@@ -127,7 +132,7 @@ async def inside(base: Path) -> AsyncIterator[Inside]:
     directory = base / "r1"
     if not directory.exists():
         create_replica(directory, volume="vol1", uuid=UUID, replica="r1", size=SIZE)
-    store = Store.open(directory, "auto")
+    store = Store.open(directory, io_of(base))
     listener = listen(Address.parse(f"unix:{base}/inside.sock"))
     running = Inside(store, str(listener.address))
     try:
