@@ -8,7 +8,9 @@ connection with one sendmsg. A request is a slot of the pool and one tuple; ther
   Allocating ahead does not help: unwritten extents wait for the journal even under NOWAIT.
 * Blocks are 4 KiB. A write of parts of blocks reads them, and writes them back whole. Requests in flight never overlap
   (the engine's promise), but two such writes may share a block: the second is not begun before the first is done.
-* Nothing goes through the page cache, except holes that are punched; the kernel keeps the two coherent.
+* With `io: "auto"` writes and what the page cache has go through it, and only reads that would wait come here. The
+  kernel keeps the two coherent: it writes back what is dirty in the range of a direct read (that waits, so a thread
+  does it), and drops from the cache what a direct write or a punched hole makes old.
 """
 
 from __future__ import annotations
