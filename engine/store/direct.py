@@ -72,9 +72,9 @@ def open_direct(image: Path, *, insist: bool) -> int:
 class Cache:
     """What of an image is in the page cache, and reading only that.
 
-    A small read with RWF_NOWAIT alone would not do: where it finds nothing it starts to read ahead, so that whoever then
-    reads past the cache has the disk read twice. A large one is likely part of a sequence and wants just that: on a
-    cold file it doubles the rate of 128 KiB reads at depth 8, for one read too many at the beginning.
+    A small read with RWF_NOWAIT alone would not do: where it finds nothing it starts to read ahead, so that whoever
+    then reads past the cache has the disk read twice. A large one is likely part of a sequence and wants just that: on
+    a cold file it doubles the rate of 128 KiB reads at depth 8.
     """
 
     def __init__(self, fd: int, largest: int) -> None:
