@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -24,11 +25,12 @@ from engine.errors import (
     SnapshotNotFoundError,
     StoreError,
 )
-from engine.replica.connection import FLUSH, Connection
+from engine.replica.connection import FLUSH, WRITE, Connection
+from engine.replica.direct import Direct, Disk
 from engine.replica.gate import Gate
 from engine.replica.listener import Listener, tune
 from engine.replica.snapshots import CHANGES, SnapshotRequests, no_room
-from engine.store import REGION_SIZE, Store
+from engine.store import REGION_SIZE, IoMode, Store
 from engine.wire import messages
 from engine.wire.frame import Frame, FrameType, Status
 
@@ -51,7 +53,8 @@ class Counters:
 
 
 class Server:
-    def __init__(self, store: Store, key: bytes) -> None:
+    def __init__(self, store: Store, key: bytes, ring: Disk | None = None) -> None:
+        """With a `ring` (see `open_ring`) data goes past the page cache where the store allows it."""
         self.store = store
         self.key = key
         self.instance = os.urandom(8).hex()
@@ -59,8 +62,10 @@ class Server:
         self.token = store.token
         self.failed = ""
         self.counters = Counters()
+        self.direct = Direct(self, ring) if ring is not None else None
         self._connections: dict[Connection, None] = {}  # oldest first
         self._gate: Gate[tuple[Connection, Frame]] = Gate(store.maps)
+        self._ready: deque[tuple[Connection, Frame]] = deque()  # out of the gate, waiting for room in `direct`
         self._parked_bytes = 0
         self._flushes: list[tuple[Connection, Frame]] = []
         self._syncing_head = False
@@ -73,8 +78,17 @@ class Server:
 
     async def serve(self, listener: Listener) -> bool:
         """Serve until `stop` (True: everything submitted is on disk) or a failure (False). Closes the listener."""
+        try:
+            return await self._serve(listener)
+        finally:
+            if self.direct is not None:
+                self.direct.close()
+
+    async def _serve(self, listener: Listener) -> bool:
         async with trio.open_nursery() as nursery:
             await nursery.start(self.snapshots.run)
+            if self.direct is not None:
+                nursery.start_soon(self.direct.run)
             nursery.start_soon(self._accept, listener, nursery)
             nursery.start_soon(self._sync_maps)
             nursery.start_soon(self._sync_head)
@@ -115,7 +129,7 @@ class Server:
     # connections
 
     async def _accept(self, listener: Listener, nursery: trio.Nursery) -> None:
-        while True:
+        while not self._stop.is_set():  # the listener is closed then, perhaps before this began
             try:
                 await trio.lowlevel.wait_readable(listener.sock)
             except trio.ClosedResourceError:
@@ -160,15 +174,51 @@ class Server:
         self._wake_maps.set()
 
     async def room(self) -> None:
-        """Wait while too much is parked or under way."""
-        while (self._parked_bytes > MAX_PARKED or self.snapshots.crowded) and not self.failed:
+        """Wait while too much is parked, submitted or under way."""
+        while (self._parked_bytes > MAX_PARKED or self._starved or self.snapshots.crowded) and not self.failed:
             await self.changed.park()
+
+    @property
+    def _starved(self) -> bool:
+        return self.direct is not None and self.direct.starved
+
+    @property
+    def io(self) -> IoMode:
+        """What became of the wish of the configuration."""
+        if self.direct is None or self.store.direct < 0:
+            return "buffered"
+        return "direct" if self.store.cache is None else "auto"
+
+    def submit(self) -> None:
+        """Hand to the disk what a batch prepared."""
+        if self.direct is not None:
+            self.direct.submit()
+
+    def direct_progress(self) -> None:
+        """Some requests are done, so there is room for others."""
+        if self._ready:
+            self._feed()
+        self.changed.unpark_all()
 
     def flush(self, connection: Connection, frame: Frame) -> None:
         """Answer once an fdatasync that starts after everything received before was applied is done."""
-        if not self._gate.barrier((connection, frame)):
-            self._flushes.append((connection, frame))
-            self._wake_head.set()
+        if self._gate.barrier((connection, frame)):
+            return
+        if self._ready:
+            self._ready.append((connection, frame))
+        else:
+            self._flush_behind(connection, frame)
+
+    def _flush_behind(self, connection: Connection, frame: Frame) -> None:
+        if self.direct is None or not self.direct.barrier((connection, frame)):
+            self.flush_head([(connection, frame)])
+
+    def flush_head(self, waiting: list[tuple[Connection, Frame]]) -> None:
+        """All writes before these flushes were applied."""
+        self._flushes += waiting
+        if self.failed:
+            self.fail_parked(self.failed)
+        self._wake_head.set()
 
     def settled(self, connection: Connection, frame: Frame) -> None:
         try:
@@ -190,21 +240,36 @@ class Server:
             except OSError as error:
                 self.fail_parked(f"cannot write a region map: {error}")
                 return
-            touched: dict[Connection, None] = {}
-            for connection, frame in self._gate.finish(sync):
-                self._parked_bytes -= len(frame[5])
-                # the owner may have changed during the sync
-                if connection is not self.owner:
-                    continue
-                if frame[0] == FLUSH:
-                    self._flushes.append((connection, frame))
-                    self._wake_head.set()
-                else:
-                    connection.apply(frame)
-                    touched[connection] = None
-            for connection in touched:
-                connection.send()
+            self._ready += self._gate.finish(sync)
+            self._feed()
             self.changed.unpark_all()
+
+    def _feed(self) -> None:
+        """Begin what has waited for its intent bits, as far as there is room."""
+        direct, fd = self.direct, self.store.direct
+        touched: dict[Connection, None] = {}
+        while self._ready and not self.failed:
+            connection, frame = self._ready[0]
+            kind, _, seq, offset, _, payload = frame
+            # the owner may have changed meanwhile
+            if connection is not self.owner:
+                pass
+            elif kind == FLUSH:
+                self._flush_behind(connection, frame)
+            elif direct is None or fd < 0 or (kind == WRITE and self.store.cache is not None):
+                connection.apply(frame)
+                touched[connection] = None
+            elif kind == WRITE:
+                if not direct.write(connection, fd, seq, offset, payload):
+                    break
+            elif not direct.unmap(connection, frame):
+                break
+            self._ready.popleft()
+            self._parked_bytes -= len(payload)
+        if direct is not None:
+            direct.ring.submit()
+        for connection in touched:
+            connection.send()
 
     async def _sync_head(self) -> None:
         while not self.failed:
@@ -249,15 +314,28 @@ class Server:
 
     def fail_parked(self, reason: str) -> None:
         self.fail(reason)
-        for connection, frame in (*self._gate.discard(), *self._flushes):
+        waiting, self._flushes = [*self._discard(), *self._flushes], []
+        for connection, frame in waiting:
             connection.reply(frame[0], Status.IO_ERROR, frame[2], payload=reason.encode())
             connection.send()
-        self._flushes = []
+
+    def _discard(self) -> list[tuple[Connection, Frame]]:
+        """Forget everything that waits for a write or for intent bits, and return it."""
+        dropped = [*self._ready, *self._gate.discard()]
+        self._ready.clear()
+        self._parked_bytes -= sum(len(frame[5]) for _, frame in dropped)
+        return dropped if self.direct is None else [*self.direct.discard(), *dropped]
 
     async def quiesce(self) -> None:
-        """Wait until nothing is parked."""
-        while not self.failed and (not self._gate.idle or self._flushes or self._syncing_head):
+        """Wait until nothing is parked or submitted."""
+        while not self.failed and (
+            not self._gate.idle or self._ready or self._submitted or self._flushes or self._syncing_head
+        ):
             await self.changed.park()
+
+    @property
+    def _submitted(self) -> bool:
+        return self.direct is not None and not self.direct.idle
 
     # control requests
 
@@ -310,16 +388,16 @@ class Server:
             self.token = token
             self._depose(connection)
         async with self.whole():
-            if token < self.token:
-                log.warning("open refused", peer=connection.peer, epoch=token[0], incarnation=token[1])
-                connection.reply(kind, Status.STALE_EPOCH, seq, payload=self.highest())
-                return
-            await trio.to_thread.run_sync(self.store.set_token, *token)
-            await trio.to_thread.run_sync(lambda: self.store.set_marks(dirty=True))
-            if token < self.token:  # a higher one came during the syncs
-                connection.reply(kind, Status.STALE_EPOCH, seq, payload=self.highest())
+            if self._stale(connection, frame, token):
                 return
             self._depose(connection)  # one with the same token may have been quicker
+            await trio.to_thread.run_sync(self.store.set_token, *token)
+            await trio.to_thread.run_sync(lambda: self.store.set_marks(dirty=True))
+            # nobody can become owner meanwhile, so nothing more is submitted
+            while self._submitted and not self.failed:
+                await self.changed.park()
+            if self._stale(connection, frame, token):  # a higher one came during these
+                return
             maps = self.store.maps
             maps.regions.inherit()
             connection.token = token
@@ -334,11 +412,21 @@ class Server:
             )
             connection.reply(kind, 0, seq, payload=messages.encode(answer))
 
+    def _stale(self, connection: Connection, frame: Frame, token: tuple[int, int]) -> bool:
+        """Whether the OPEN had to be refused here."""
+        if self.failed:
+            connection.reply(frame[0], Status.IO_ERROR, frame[2], payload=self.failed.encode())
+            return True
+        if token < self.token:
+            log.warning("open refused", peer=connection.peer, epoch=token[0], incarnation=token[1])
+            connection.reply(frame[0], Status.STALE_EPOCH, frame[2], payload=self.highest())
+            return True
+        return False
+
     def _depose(self, successor: Connection) -> None:
-        """Discard what the owner has parked, and close it. Everything else of it is applied already."""
+        """Discard what the owner has parked, and close it. Everything else of it is applied, or with the disk."""
         old, self.owner = self.owner, None
-        for connection, frame in self._gate.discard():
-            self._parked_bytes -= len(frame[5])
+        for connection, frame in self._discard():
             connection.refuse_unopened(frame)
         self.changed.unpark_all()
         if old is not None and old is not successor:

@@ -4,10 +4,11 @@ from engine.store.layout import ReplicaInfo, adopt_replica, create_replica, insp
 from engine.store.maps import RegionMaps
 from engine.store.regions import REGION_SIZE
 from engine.store.snapshots import SnapshotInfo
-from engine.store.store import Store
+from engine.store.store import IoMode, Store
 
 __all__ = [
     "REGION_SIZE",
+    "IoMode",
     "RegionMaps",
     "ReplicaInfo",
     "SnapshotInfo",

@@ -7,7 +7,7 @@ import errno
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -22,6 +22,7 @@ from engine.errors import (
 )
 from engine.store.chain import BLOCK, Chain
 from engine.store.coalesce import CoalesceStep, Merge
+from engine.store.direct import Cache, open_direct
 from engine.store.layout import (
     MAX_SNAPSHOTS,
     Identity,
@@ -51,9 +52,11 @@ from engine.store.snapshots import (
 )
 from engine.store.switch import HeadSwitch, freeze
 from engine.store.views import Views
-from engine.wire.frame import Buffer
+from engine.wire.frame import MAX_PAYLOAD, Buffer
 
 _T = TypeVar("_T")
+
+IoMode = Literal["direct", "buffered", "auto"]
 
 
 class Store:
@@ -66,13 +69,17 @@ class Store:
     `begin_*` raise StoreError for what cannot be done.
     """
 
-    def __init__(self, directory: Path, lock: int, identity: Identity, meta: VolumeMeta) -> None:
+    def __init__(
+        self, directory: Path, lock: int, identity: Identity, meta: VolumeMeta, io: IoMode = "buffered"
+    ) -> None:
         self.directory = directory
         self.identity = identity
         self.meta = meta
         self.size = meta.size
         self._lock = lock
         self._files: list[int] = []
+        self._direct = -1
+        self._cache: Cache | None = None
         try:
             with store_errors(directory, "open the replica"):
                 # what a killed process renamed is seen here, but must be on disk before anybody relies on it
@@ -83,6 +90,8 @@ class Store:
                 self._open_images()
                 clean_leftovers(directory, self.chain)
                 self._snapshots = read_snapshots(directory, self.chain[1:])
+                if io != "buffered" and len(self._files) == 1:
+                    self._open_direct(io)
                 self.maps = RegionMaps(directory, meta.size)
             with contextlib.suppress(OSError):
                 make_reserve(directory)
@@ -95,15 +104,18 @@ class Store:
         self._merge: Merge | None = None
 
     @classmethod
-    def open(cls, directory: Path) -> Store:
-        """Raises StoreError, also when another process has the directory open; FormatError for a newer format."""
+    def open(cls, directory: Path, io: IoMode = "buffered") -> Store:
+        """Raises StoreError, also when another process has the directory open; FormatError for a newer format.
+
+        `io`: "direct" makes everything go past the page cache, "auto" reads that would have to wait for the disk.
+        """
         lock = lock_directory(directory)
         try:
             identity, meta = read_identity(directory), read_volume_meta(directory)
         except BaseException:
             os.close(lock)
             raise
-        return cls(directory, lock, identity, meta)
+        return cls(directory, lock, identity, meta, io)
 
     def _open_images(self) -> None:
         for image in reversed(self.chain):
@@ -130,6 +142,30 @@ class Store:
     def token(self) -> tuple[int, int]:
         """Highest (epoch, incarnation) ever seen."""
         return self.identity.epoch, self.identity.incarnation
+
+    def _open_direct(self, io: IoMode) -> None:
+        if io == "auto":
+            try:
+                self._cache = Cache(self._files[-1], MAX_PAYLOAD)
+            except OSError:
+                return
+        self._direct = open_direct(self.directory / self.meta.head, insist=io == "direct")
+        if self._direct < 0:
+            self._cache = None
+
+    @property
+    def cache(self) -> Cache | None:
+        """Where to look before a read through `direct`; writes go to the page cache too then, by `write`."""
+        return self._cache
+
+    @property
+    def direct(self) -> int:
+        """An O_DIRECT descriptor of the head when the head alone holds the data, else -1: use `read` and `write`.
+
+        Requests through it bypass this object, so nothing may change the chain before they have completed. A new head
+        has none before the replica is opened anew.
+        """
+        return self._direct
 
     @property
     def allocated(self) -> int:
@@ -239,7 +275,10 @@ class Store:
         )
 
     def finish_switch(self, change: HeadSwitch) -> None:
-        """`change.run` succeeded; `change.release` comes after this."""
+        """`change.run` succeeded, and nothing is under way through `direct`; `change.release` comes after this."""
+        if self._direct >= 0:
+            change.replaced.append(self._direct)
+        self._direct, self._cache = -1, None  # both are of the old head
         self.meta = change.meta
         if change.frozen is not None:
             self._snapshots[change.frozen.name] = change.frozen
@@ -248,7 +287,8 @@ class Store:
             self._chain.push(change.files[-1])
         else:
             self._drop_merge()
-            change.replaced, self._files = self._files, change.files
+            change.replaced += self._files
+            self._files = change.files
             self.chain = (change.meta.head, *change.layers)
             self._chain = Chain(self._files, self.size)
         self._head = self._files[-1]
@@ -261,6 +301,7 @@ class Store:
         self.sync()
         change.run()
         self.finish_switch(change)
+        change.release()
 
     def revert(self, name: str, *, created: str = "") -> None:
         """`begin_revert`, `run` and `finish_switch` in one. Raises StoreError, OSError."""
@@ -372,3 +413,6 @@ class Store:
         for fd in (*self._files, self._lock):
             os.close(fd)
         self._files.clear()
+        if self._direct >= 0:
+            os.close(self._direct)
+            self._direct = -1

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from engine.store import chain, coalesce, layout, switch
 from engine.wire import messages
 from engine.wire.frame import REPLY, Frame, FrameType, Status, encode_frame
 from tests.engine.replica.client import Client, Closed, connect
-from tests.engine.replica.inside import SIZE, inside, until
+from tests.engine.replica.inside import SIZE, inside, io_of, until
 
 MIB = 1 << 20
 WHEN = "2024-05-06T07:08:09Z"
@@ -145,6 +146,89 @@ async def test_a_snapshot_holds_what_came_before_and_nothing_that_came_after(tmp
         assert (await look(client, "a", 30 * MIB, 6))[5] == bytes(6)
         assert (await client.read(0, 6))[5] == b"behind"
         assert replica.sync.finished == 2
+
+
+def past_the_cache(base: Path) -> list[str]:
+    """Files below that this process has open with O_DIRECT."""
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            name = os.readlink(f"/proc/self/fd/{fd}")
+            if name.startswith(str(base)) and fcntl.fcntl(int(fd), fcntl.F_GETFL) & os.O_DIRECT:
+                found.append(name)
+        except OSError:  # the one of the listing, or closed meanwhile
+            continue
+    return found
+
+
+@pytest.mark.parametrize("tmp_path", ["disk", "direct"], indirect=True)
+async def test_a_snapshot_under_writes_ends_what_goes_past_the_page_cache(tmp_path: Path) -> None:
+    count, unit, cold = 100, 16384, 40 * MIB
+    async with inside(tmp_path) as replica, connect(replica.address) as client:
+        server, store, disk = replica.server, replica.store, replica.disk
+        assert disk is not None
+        await client.open(1)
+        assert server.io == io_of(tmp_path)
+        assert past_the_cache(tmp_path) == [str(tmp_path / "r1" / "volume-head-000.img")]
+        model = bytearray(b"." * 2 * MIB)
+        await client.write(0, bytes(model[:MIB]))
+        await client.write(MIB, bytes(model[MIB:]))
+
+        def writes(first: int, letter: bytes) -> list[bytes]:
+            frames = []
+            for number in range(count):
+                # every other one of whole blocks
+                offset, length = number * unit + number % 2 * 100, 8192 - number % 2 * 3192
+                frames.append(
+                    encode_frame(FrameType.WRITE, first + number, letter * length, offset=offset, length=length)
+                )
+                model[offset : offset + length] = letter * length
+            return frames
+
+        disk.held = lambda opcode, offset: True
+        frames = [encode_frame(FrameType.READ, 900, offset=cold, length=4096), *writes(1000, b"b")]
+        frames += [encode_frame(FrameType.UNMAP, 901, offset=12288, length=4096)]
+        model[12288:16384] = bytes(4096)
+        frames += [encode_frame(FrameType.WRITE, 902, b"parked", offset=9 * MIB, length=6)]
+        before = bytes(model)
+        frames += [encode_frame(FrameType.SNAPSHOT, 2000, named("a")), *writes(3000, b"a")]
+        frames += [encode_frame(FrameType.WRITE, 3900, b"behind", offset=9 * MIB, length=6)]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.stream.send_all, b"".join(frames))
+            await until(lambda: len(disk.waiting) >= (1 if store.cache is not None else count + 1))
+            await trio.sleep(0.05)
+            assert (store.direct >= 0, replica.sync.started, len(store.chain)) == (True, 0, 1)
+            disk.release()
+            replies = [await client.receive() for _ in frames]
+        assert {reply[1] for reply in replies} == {Status.OK}
+        order = [reply[2] for reply in replies]
+        assert {*order[: count + 3]} == {900, 901, 902, *range(1000, 1000 + count)}
+        assert order[count + 3] == 2000
+
+        for switched in (False, True):
+            if switched:
+                assert (await revert(client, "a"))[1] == Status.OK
+                model[:] = before
+            assert (store.direct, store.cache, server.io) == (-1, None, "buffered")
+            assert past_the_cache(tmp_path) == []
+            prepared = disk.prepared
+            assert (await client.write(5000, b"new"))[1] == Status.OK
+            model[5000:5003] = b"new"
+            assert (await client.unmap(2 * MIB - 4096, 4096))[1] == Status.OK
+            model[-4096:] = bytes(4096)
+            assert (await client.read(0, MIB))[5] + (await client.read(MIB, MIB))[5] == model
+            assert (await client.read(9 * MIB, 6))[5] == (b"parked" if switched else b"behind")
+            assert (await client.read(cold, 4096))[5] == bytes(4096)
+            assert (await look(client, "a", 0, MIB))[5] + (await look(client, "a", MIB, MIB))[5] == before
+            assert (await look(client, "a", 9 * MIB, 6))[5] == b"parked"
+            assert (await client.flush())[1] == Status.OK
+            assert disk.prepared == prepared
+        await client.call(FrameType.CLOSE)
+    async with inside(tmp_path) as replica, connect(replica.address) as client:
+        await client.open(1)
+        assert (replica.store.direct, replica.store.cache, replica.server.io) == (-1, None, "buffered")
+        assert past_the_cache(tmp_path) == []
+        assert (await client.read(0, MIB))[5] + (await client.read(MIB, MIB))[5] == model
 
 
 async def test_data_waits_for_a_snapshot_and_not_for_a_coalesce(
