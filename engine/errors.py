@@ -115,6 +115,24 @@ class FormatError(StoreError):
     """Written by a newer release, or not a replica directory."""
 
 
+class SnapshotExistsError(StoreError):
+    """The name is taken, perhaps by a snapshot that is marked as removed and not gone yet."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        super().__init__(directory, f"snapshot {name!r} exists already")
+        self.name = name
+
+
+class SnapshotNotFoundError(StoreError):
+    def __init__(self, directory: Path, name: str) -> None:
+        super().__init__(directory, f"there is no snapshot {name!r}")
+        self.name = name
+
+
+class SnapshotInUseError(StoreError):
+    """The snapshot cannot be merged away at present, because of what builds on it."""
+
+
 class OutOfRangeError(EngineError):
     """A request beyond the end of the volume, or not inside one frame."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -15,11 +16,17 @@ from engine.durable import replace_file
 
 
 class ReplicaConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """One replica server. `listen` is `unix:/path` or `tcp:host:port`; `secret_file` holds the volume's key."""
+    """One replica server. `listen` is `unix:/path` or `tcp:host:port`; `secret_file` holds the volume's key.
+
+    `io` is how the head is read and written: through the page cache ("buffered"), past it ("direct"), or through it
+    except for reads that would wait for the disk ("auto"). Where the other two do not work, as with snapshots, it is
+    "buffered".
+    """
 
     directory: str
     listen: str
     secret_file: str
+    io: Literal["direct", "buffered", "auto"] = "buffered"
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):

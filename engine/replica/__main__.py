@@ -15,8 +15,10 @@ import structlog
 import trio
 
 from engine.address import Address
+from engine.allocator import keep_freed_memory
 from engine.errors import EngineError
 from engine.launch import ReplicaConfig
+from engine.replica.direct import open_ring
 from engine.replica.listener import Listener, listen
 from engine.replica.log import configure_logging
 from engine.replica.server import Server
@@ -29,14 +31,19 @@ FAILED = 1
 NOT_STARTED = 2
 
 
-async def _serve(store: Store, key: bytes, listener: Listener) -> bool:
+async def _serve(server: Server, listener: Listener) -> bool:
     async with trio.open_nursery() as nursery:
-        server = Server(store, key)
         await nursery.start(server.stop_on_signal)
         line = msgspec.json.encode({"event": "listening", "address": str(listener.address)}) + b"\n"
         with contextlib.suppress(OSError):  # the supervisor may be gone already
             os.write(1, line)
-        log.info("listening", address=str(listener.address), replica=store.identity.replica, instance=server.instance)
+        log.info(
+            "listening",
+            address=str(listener.address),
+            replica=server.store.identity.replica,
+            instance=server.instance,
+            io=server.io,
+        )
         clean = await server.serve(listener)
         nursery.cancel_scope.cancel()
     return clean
@@ -44,6 +51,7 @@ async def _serve(store: Store, key: bytes, listener: Listener) -> bool:
 
 def main(arguments: list[str]) -> int:
     configure_logging()
+    keep_freed_memory()
     if len(arguments) != 1:
         log.error("cannot start", reason="usage: python -m engine.replica CONFIG.json")
         return NOT_STARTED
@@ -51,17 +59,18 @@ def main(arguments: list[str]) -> int:
         config = msgspec.json.decode(Path(arguments[0]).read_bytes(), type=ReplicaConfig)
         key = read_secret(Path(config.secret_file))
         address = Address.parse(config.listen)
-        store = Store.open(Path(config.directory))
+        store = Store.open(Path(config.directory), config.io)
     except (OSError, msgspec.DecodeError, EngineError) as error:
         log.error("cannot start", reason=str(error))
         return NOT_STARTED
     try:
+        ring = open_ring(store, config.io)
         listener = listen(address)
-    except EngineError as error:
+    except (OSError, EngineError) as error:
         store.close()
         log.error("cannot start", reason=str(error))
         return NOT_STARTED
-    clean = trio.run(_serve, store, key, listener)
+    clean = trio.run(_serve, Server(store, key, ring), listener)
     listener.close()
     store.close()
     return 0 if clean else FAILED

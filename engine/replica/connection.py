@@ -1,7 +1,8 @@
 """One connection of an engine: handshake, then batches of frames, executed inline and answered with one sendmsg.
 
 No task, thread or stream per request: the cost of a request is a few calls. What cannot be answered at once (a write
-that waits for its intent bits, a flush) is parked in the server, which answers through `reply`.
+that waits for its intent bits, a flush) is parked in the server, which answers through `reply`; what goes to the disk
+past the page cache is answered by `Direct` when it has completed.
 """
 
 from __future__ import annotations
@@ -43,7 +44,23 @@ READ, WRITE, FLUSH, UNMAP = int(FrameType.READ), int(FrameType.WRITE), int(Frame
 PING, SETTLED, BITMAP = int(FrameType.PING), int(FrameType.SETTLED), int(FrameType.BITMAP)
 HELLO, AUTH = int(FrameType.HELLO), int(FrameType.AUTH)
 # answered after work of their own; the frames behind them on the connection wait
-CONTROL = frozenset(map(int, (FrameType.OPEN, FrameType.STATUS, FrameType.TRACK, FrameType.STATE, FrameType.CLOSE)))
+CONTROL = frozenset(
+    map(
+        int,
+        (
+            FrameType.OPEN,
+            FrameType.STATUS,
+            FrameType.TRACK,
+            FrameType.STATE,
+            FrameType.CLOSE,
+            FrameType.SNAPSHOT,
+            FrameType.REVERT,
+            FrameType.REMOVE_SNAPSHOT,
+        ),
+    )
+)
+# answered after work of their own, for which nothing else waits
+BACKGROUND = frozenset(map(int, (FrameType.SNAPSHOTS, FrameType.COALESCE, FrameType.READ_SNAPSHOT)))
 WITHOUT_OPEN = frozenset(map(int, (FrameType.OPEN, FrameType.STATUS, FrameType.PING)))
 DATA = frozenset((READ, WRITE, FLUSH, UNMAP, SETTLED, BITMAP))
 
@@ -166,20 +183,24 @@ class Connection:
         while True:
             at, count = 0, len(frames)
             while at < count:
-                at = self._execute(frames, at)
+                try:
+                    at = self._execute(frames, at)
+                finally:
+                    self.server.submit()
                 if at < count and frames[at][0] in CONTROL and self._unsent <= MAX_UNSENT:
                     await self.server.control(self, frames[at])
                     at += 1
                 self.send()
+                await self.server.room()
                 if self._unsent > MAX_UNSENT:
                     await self.drained()
-                await self.server.room()
             frames = await self._receive()
 
     def _execute(self, frames: list[Frame], at: int) -> int:
         """Execute from `frames[at]` on; returns the index of the first frame that needs the caller.
 
-        Synchronous, so whoever owns the replica at its first frame owns it at its last.
+        Synchronous, so whoever owns the replica at its first frame owns it at its last. What it prepared for the disk
+        has to be submitted then.
         """
         server = self.server
         if server.owner is not self or server.failed:
@@ -187,6 +208,11 @@ class Connection:
         store, counters, out = server.store, server.counters, self._out
         touch, size = store.maps.touch, store.size
         reply_read, reply_write = READ | REPLY, WRITE | REPLY
+        direct, fd = server.direct, store.direct
+        if fd < 0:
+            direct = None
+        cache = store.cache
+        direct_write = direct if cache is None else None
         server.tick()
         for index in range(at, len(frames)):
             kind, _, seq, offset, length, payload = frames[index]
@@ -195,9 +221,16 @@ class Connection:
                     self._bad_range(frames[index])
                     continue
                 try:
-                    data = store.read(offset, length)
+                    if direct is None:
+                        data = store.read(offset, length)
+                    elif cache is None or (cached := cache.read(offset, length)) is None:
+                        if not direct.read(self, fd, seq, offset, length):
+                            return index
+                        continue
+                    else:
+                        data = cached
                 except OSError as error:
-                    self._io_error(frames[index], error)
+                    self.io_error(frames[index], error)
                     continue
                 out.append(encode_header(reply_read, 0, seq, offset, length, length, crc32c(data)))
                 out.append(data)
@@ -209,27 +242,32 @@ class Connection:
             elif kind == WRITE:
                 if offset + length > size or not 0 < length <= MAX_REQUEST or len(payload) != length:
                     self._bad_range(frames[index])
-                elif touch(offset, length, seq):
+                elif not touch(offset, length, seq):
+                    server.park(self, frames[index])
+                elif direct_write is not None:
+                    if not direct_write.write(self, fd, seq, offset, payload):
+                        return index
+                else:
                     try:
                         store.write(offset, payload)
                     except OSError as error:
-                        self._io_error(frames[index], error)
+                        self.io_error(frames[index], error)
                         continue
                     out.append(encode_header(reply_write, 0, seq, offset, length))
                     self._unsent += 40
                     counters.writes += 1
                     counters.written_bytes += length
-                else:
-                    server.park(self, frames[index])
             elif kind == FLUSH:
                 server.flush(self, frames[index])
             elif kind == UNMAP:
                 if offset + length > size or not 0 < length <= MAX_REQUEST or payload:
                     self._bad_range(frames[index])
-                elif touch(offset, length, seq):
-                    self.apply(frames[index])
-                else:
+                elif not touch(offset, length, seq):
                     server.park(self, frames[index])
+                elif direct is None:
+                    self.apply(frames[index])
+                elif not direct.unmap(self, frames[index]):
+                    return index
             elif kind == PING:
                 self.reply(kind, 0, seq)
             elif kind == SETTLED:
@@ -238,6 +276,13 @@ class Connection:
                 self._bitmap(frames[index])
             elif kind in CONTROL:
                 return index
+            elif kind in BACKGROUND:
+                if kind == FrameType.READ_SNAPSHOT and (offset + length > size or not 0 < length <= MAX_REQUEST):
+                    self._bad_range(frames[index])
+                else:
+                    server.snapshots.background(self, frames[index])
+                    if server.snapshots.crowded:
+                        return index + 1
             else:
                 raise ProtocolError(f"unknown frame type {kind:#x}")
         return len(frames)
@@ -255,7 +300,7 @@ class Connection:
                 self.server.store.unmap(offset, length)
                 counters.unmaps += 1
         except OSError as error:
-            self._io_error(frame, error)
+            self.io_error(frame, error)
             return
         self.reply(kind, 0, seq, offset=offset, length=length)
 
@@ -268,7 +313,7 @@ class Connection:
                 self.reply(kind, 0, seq)
             elif kind in WITHOUT_OPEN:
                 return index
-            elif kind in DATA or kind in CONTROL:
+            elif kind in DATA or kind in CONTROL or kind in BACKGROUND:
                 self.refuse_unopened(frames[index])
             else:
                 raise ProtocolError(f"unknown frame type {kind:#x}")
@@ -288,7 +333,7 @@ class Connection:
         text = f"{offset}+{length} with {len(payload)} bytes, volume of {size}"
         self.reply(kind, status, seq, payload=text.encode())
 
-    def _io_error(self, frame: Frame, error: OSError) -> None:
+    def io_error(self, frame: Frame, error: OSError) -> None:
         status = Status.NO_SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else Status.IO_ERROR
         log.error("request failed", type=frame[0], offset=frame[3], length=frame[4], reason=str(error))
         self.reply(frame[0], status, frame[2], payload=str(error).encode())
@@ -310,6 +355,13 @@ class Connection:
         """Queue a reply; during a batch it leaves with the batch, otherwise call `send`."""
         crc = crc32c(payload) if payload else 0
         self._out.append(encode_header(kind | REPLY, status, seq, offset, length, len(payload), crc))
+        self._unsent += 40 + len(payload)
+        if payload:
+            self._out.append(payload)
+
+    def queue(self, header: bytes, payload: bytes = b"") -> None:
+        """The same for a reply that is encoded already."""
+        self._out.append(header)
         self._unsent += 40 + len(payload)
         if payload:
             self._out.append(payload)

@@ -8,22 +8,29 @@ parked across an await is checked again before it is applied or answered.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import structlog
 import trio
 
-from engine.errors import StoreError
-from engine.replica.connection import FLUSH, Connection
+from engine.errors import (
+    SnapshotExistsError,
+    SnapshotInUseError,
+    SnapshotNotFoundError,
+    StoreError,
+)
+from engine.replica.connection import FLUSH, WRITE, Connection
+from engine.replica.direct import Direct, Disk
 from engine.replica.gate import Gate
 from engine.replica.listener import Listener, tune
-from engine.store import REGION_SIZE, Store
+from engine.replica.snapshots import CHANGES, SnapshotRequests, no_room
+from engine.store import REGION_SIZE, IoMode, Store
 from engine.wire import messages
 from engine.wire.frame import Frame, FrameType, Status
 
@@ -46,7 +53,8 @@ class Counters:
 
 
 class Server:
-    def __init__(self, store: Store, key: bytes) -> None:
+    def __init__(self, store: Store, key: bytes, ring: Disk | None = None) -> None:
+        """With a `ring` (see `open_ring`) data goes past the page cache where the store allows it."""
         self.store = store
         self.key = key
         self.instance = os.urandom(8).hex()
@@ -54,20 +62,33 @@ class Server:
         self.token = store.token
         self.failed = ""
         self.counters = Counters()
+        self.direct = Direct(self, ring) if ring is not None else None
         self._connections: dict[Connection, None] = {}  # oldest first
         self._gate: Gate[tuple[Connection, Frame]] = Gate(store.maps)
+        self._ready: deque[tuple[Connection, Frame]] = deque()  # out of the gate, waiting for room in `direct`
         self._parked_bytes = 0
         self._flushes: list[tuple[Connection, Frame]] = []
         self._syncing_head = False
         self._wake_maps = trio.Event()
         self._wake_head = trio.Event()
-        self._changed = trio.lowlevel.ParkingLot()
+        self.changed = trio.lowlevel.ParkingLot()
         self._control = trio.Lock()
+        self.snapshots = SnapshotRequests(self)
         self._stop = trio.Event()
 
     async def serve(self, listener: Listener) -> bool:
         """Serve until `stop` (True: everything submitted is on disk) or a failure (False). Closes the listener."""
+        try:
+            return await self._serve(listener)
+        finally:
+            if self.direct is not None:
+                self.direct.close()
+
+    async def _serve(self, listener: Listener) -> bool:
         async with trio.open_nursery() as nursery:
+            await nursery.start(self.snapshots.run)
+            if self.direct is not None:
+                nursery.start_soon(self.direct.run)
             nursery.start_soon(self._accept, listener, nursery)
             nursery.start_soon(self._sync_maps)
             nursery.start_soon(self._sync_head)
@@ -97,17 +118,18 @@ class Server:
     async def _leave(self) -> None:
         for connection in self._connections:
             connection.read_scope.cancel()
-        await self._quiesce()
-        if not self.failed:
-            try:
-                await trio.to_thread.run_sync(self.store.sync)
-            except OSError as error:
-                self.fail(f"fdatasync failed: {error}")
+        await self.quiesce()
+        async with self.whole():  # not while the head is being switched
+            if not self.failed:
+                try:
+                    await trio.to_thread.run_sync(self.store.sync)
+                except OSError as error:
+                    self.fail(f"fdatasync failed: {error}")
 
     # connections
 
     async def _accept(self, listener: Listener, nursery: trio.Nursery) -> None:
-        while True:
+        while not self._stop.is_set():  # the listener is closed then, perhaps before this began
             try:
                 await trio.lowlevel.wait_readable(listener.sock)
             except trio.ClosedResourceError:
@@ -152,15 +174,51 @@ class Server:
         self._wake_maps.set()
 
     async def room(self) -> None:
-        """Wait while too much is parked."""
-        while self._parked_bytes > MAX_PARKED and not self.failed:
-            await self._changed.park()
+        """Wait while too much is parked, submitted or under way."""
+        while (self._parked_bytes > MAX_PARKED or self._starved or self.snapshots.crowded) and not self.failed:
+            await self.changed.park()
+
+    @property
+    def _starved(self) -> bool:
+        return self.direct is not None and self.direct.starved
+
+    @property
+    def io(self) -> IoMode:
+        """What became of the wish of the configuration."""
+        if self.direct is None or self.store.direct < 0:
+            return "buffered"
+        return "direct" if self.store.cache is None else "auto"
+
+    def submit(self) -> None:
+        """Hand to the disk what a batch prepared."""
+        if self.direct is not None:
+            self.direct.submit()
+
+    def direct_progress(self) -> None:
+        """Some requests are done, so there is room for others."""
+        if self._ready:
+            self._feed()
+        self.changed.unpark_all()
 
     def flush(self, connection: Connection, frame: Frame) -> None:
         """Answer once an fdatasync that starts after everything received before was applied is done."""
-        if not self._gate.barrier((connection, frame)):
-            self._flushes.append((connection, frame))
-            self._wake_head.set()
+        if self._gate.barrier((connection, frame)):
+            return
+        if self._ready:
+            self._ready.append((connection, frame))
+        else:
+            self._flush_behind(connection, frame)
+
+    def _flush_behind(self, connection: Connection, frame: Frame) -> None:
+        if self.direct is None or not self.direct.barrier((connection, frame)):
+            self.flush_head([(connection, frame)])
+
+    def flush_head(self, waiting: list[tuple[Connection, Frame]]) -> None:
+        """All writes before these flushes were applied."""
+        self._flushes += waiting
+        if self.failed:
+            self.fail_parked(self.failed)
+        self._wake_head.set()
 
     def settled(self, connection: Connection, frame: Frame) -> None:
         try:
@@ -180,23 +238,38 @@ class Server:
                 sync = self._gate.begin()
                 await trio.to_thread.run_sync(sync.run)
             except OSError as error:
-                self._fail_parked(f"cannot write a region map: {error}")
+                self.fail_parked(f"cannot write a region map: {error}")
                 return
-            touched: dict[Connection, None] = {}
-            for connection, frame in self._gate.finish(sync):
-                self._parked_bytes -= len(frame[5])
-                # the owner may have changed during the sync
-                if connection is not self.owner:
-                    continue
-                if frame[0] == FLUSH:
-                    self._flushes.append((connection, frame))
-                    self._wake_head.set()
-                else:
-                    connection.apply(frame)
-                    touched[connection] = None
-            for connection in touched:
-                connection.send()
-            self._changed.unpark_all()
+            self._ready += self._gate.finish(sync)
+            self._feed()
+            self.changed.unpark_all()
+
+    def _feed(self) -> None:
+        """Begin what has waited for its intent bits, as far as there is room."""
+        direct, fd = self.direct, self.store.direct
+        touched: dict[Connection, None] = {}
+        while self._ready and not self.failed:
+            connection, frame = self._ready[0]
+            kind, _, seq, offset, _, payload = frame
+            # the owner may have changed meanwhile
+            if connection is not self.owner:
+                pass
+            elif kind == FLUSH:
+                self._flush_behind(connection, frame)
+            elif direct is None or fd < 0 or (kind == WRITE and self.store.cache is not None):
+                connection.apply(frame)
+                touched[connection] = None
+            elif kind == WRITE:
+                if not direct.write(connection, fd, seq, offset, payload):
+                    break
+            elif not direct.unmap(connection, frame):
+                break
+            self._ready.popleft()
+            self._parked_bytes -= len(payload)
+        if direct is not None:
+            direct.ring.submit()
+        for connection in touched:
+            connection.send()
 
     async def _sync_head(self) -> None:
         while not self.failed:
@@ -209,7 +282,7 @@ class Server:
                 await trio.to_thread.run_sync(self.store.sync)
             except OSError as error:
                 self._flushes = waiting + self._flushes
-                self._fail_parked(f"fdatasync failed: {error}")
+                self.fail_parked(f"fdatasync failed: {error}")
                 return
             self._syncing_head = False
             touched: dict[Connection, None] = {}
@@ -220,7 +293,7 @@ class Server:
                     touched[connection] = None
             for connection in touched:
                 connection.send()
-            self._changed.unpark_all()
+            self.changed.unpark_all()
 
     async def _expire(self) -> None:
         while not self.failed:
@@ -229,7 +302,7 @@ class Server:
             try:
                 self.store.maps.expire()
             except OSError as error:
-                self._fail_parked(f"cannot write a region map: {error}")
+                self.fail_parked(f"cannot write a region map: {error}")
 
     def fail(self, reason: str) -> None:
         """For good: what the kernel dropped after a failed sync cannot be had back, so this replica leaves."""
@@ -237,19 +310,32 @@ class Server:
             self.failed = reason
             log.error("replica failed", reason=reason)
         self._stop.set()
-        self._changed.unpark_all()
+        self.changed.unpark_all()
 
-    def _fail_parked(self, reason: str) -> None:
+    def fail_parked(self, reason: str) -> None:
         self.fail(reason)
-        for connection, frame in (*self._gate.discard(), *self._flushes):
+        waiting, self._flushes = [*self._discard(), *self._flushes], []
+        for connection, frame in waiting:
             connection.reply(frame[0], Status.IO_ERROR, frame[2], payload=reason.encode())
             connection.send()
-        self._flushes = []
 
-    async def _quiesce(self) -> None:
-        """Wait until nothing is parked."""
-        while not self.failed and (not self._gate.idle or self._flushes or self._syncing_head):
-            await self._changed.park()
+    def _discard(self) -> list[tuple[Connection, Frame]]:
+        """Forget everything that waits for a write or for intent bits, and return it."""
+        dropped = [*self._ready, *self._gate.discard()]
+        self._ready.clear()
+        self._parked_bytes -= sum(len(frame[5]) for _, frame in dropped)
+        return dropped if self.direct is None else [*self.direct.discard(), *dropped]
+
+    async def quiesce(self) -> None:
+        """Wait until nothing is parked or submitted."""
+        while not self.failed and (
+            not self._gate.idle or self._ready or self._submitted or self._flushes or self._syncing_head
+        ):
+            await self.changed.park()
+
+    @property
+    def _submitted(self) -> bool:
+        return self.direct is not None and not self.direct.idle
 
     # control requests
 
@@ -265,17 +351,23 @@ class Server:
                 await self._track(connection, frame, messages.decode(payload, messages.Track))
             elif kind == FrameType.STATE:
                 await self._state(connection, frame, messages.decode(payload, messages.State))
+            elif kind in CHANGES:
+                await self.snapshots.control(connection, frame)
             else:
                 await self._close(connection, frame)
-        except StoreError as error:
-            connection.reply(kind, Status.BAD_REQUEST, seq, payload=error.reason.encode())
-        except OSError as error:
-            log.error("request failed", type=kind, reason=str(error))
-            status = Status.NO_SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else Status.IO_ERROR
-            connection.reply(kind, status, seq, payload=str(error).encode())
+        except (StoreError, OSError) as error:
+            self.answer_failure(connection, frame, error)
+
+    def answer_failure(self, connection: Connection, frame: Frame, error: StoreError | OSError) -> None:
+        if isinstance(error, StoreError):
+            status, text = _STATUS.get(type(error), Status.BAD_REQUEST), error.reason
+        else:
+            log.error("request failed", type=frame[0], reason=str(error))
+            status, text = Status.NO_SPACE if no_room(error) else Status.IO_ERROR, str(error)
+        connection.reply(frame[0], status, frame[2], payload=text.encode())
 
     @contextlib.asynccontextmanager
-    async def _whole(self) -> AsyncIterator[None]:
+    async def whole(self) -> AsyncIterator[None]:
         """One control request at a time, and to its end once begun, even if its connection goes meanwhile."""
         async with self._control:
             with trio.CancelScope(shield=True):
@@ -295,17 +387,17 @@ class Server:
             # from here on nothing of an older owner is applied or answered, even if the token cannot be persisted
             self.token = token
             self._depose(connection)
-        async with self._whole():
-            if token < self.token:
-                log.warning("open refused", peer=connection.peer, epoch=token[0], incarnation=token[1])
-                connection.reply(kind, Status.STALE_EPOCH, seq, payload=self.highest())
-                return
-            await trio.to_thread.run_sync(self.store.set_token, *token)
-            await trio.to_thread.run_sync(lambda: self.store.set_marks(dirty=True))
-            if token < self.token:  # a higher one came during the syncs
-                connection.reply(kind, Status.STALE_EPOCH, seq, payload=self.highest())
+        async with self.whole():
+            if self._stale(connection, frame, token):
                 return
             self._depose(connection)  # one with the same token may have been quicker
+            await trio.to_thread.run_sync(self.store.set_token, *token)
+            await trio.to_thread.run_sync(lambda: self.store.set_marks(dirty=True))
+            # nobody can become owner meanwhile, so nothing more is submitted
+            while self._submitted and not self.failed:
+                await self.changed.park()
+            if self._stale(connection, frame, token):  # a higher one came during these
+                return
             maps = self.store.maps
             maps.regions.inherit()
             connection.token = token
@@ -320,13 +412,23 @@ class Server:
             )
             connection.reply(kind, 0, seq, payload=messages.encode(answer))
 
+    def _stale(self, connection: Connection, frame: Frame, token: tuple[int, int]) -> bool:
+        """Whether the OPEN had to be refused here."""
+        if self.failed:
+            connection.reply(frame[0], Status.IO_ERROR, frame[2], payload=self.failed.encode())
+            return True
+        if token < self.token:
+            log.warning("open refused", peer=connection.peer, epoch=token[0], incarnation=token[1])
+            connection.reply(frame[0], Status.STALE_EPOCH, frame[2], payload=self.highest())
+            return True
+        return False
+
     def _depose(self, successor: Connection) -> None:
-        """Discard what the owner has parked, and close it. Everything else of it is applied already."""
+        """Discard what the owner has parked, and close it. Everything else of it is applied, or with the disk."""
         old, self.owner = self.owner, None
-        for connection, frame in self._gate.discard():
-            self._parked_bytes -= len(frame[5])
+        for connection, frame in self._discard():
             connection.refuse_unopened(frame)
-        self._changed.unpark_all()
+        self.changed.unpark_all()
         if old is not None and old is not successor:
             log.warning("superseded", peer=old.peer, by=successor.peer)
             if old.token is not None and old.token < self.token:
@@ -338,40 +440,40 @@ class Server:
                 old.close()
 
     async def _track(self, connection: Connection, frame: Frame, wanted: messages.Track) -> None:
-        async with self._whole():
-            if self._refused(connection, frame):
+        async with self.whole():
+            if self.refused(connection, frame):
                 return
             change = self.store.begin_track(wanted.names)
             try:
                 await trio.to_thread.run_sync(change.run)
             except OSError as error:
-                self._fail_parked(f"cannot write a region map: {error}")
+                self.fail_parked(f"cannot write a region map: {error}")
                 raise
             self.store.maps.finish_track(change)
         connection.reply(frame[0], 0, frame[2])
 
     async def _state(self, connection: Connection, frame: Frame, wanted: messages.State) -> None:
-        async with self._whole():
-            if self._refused(connection, frame):
+        async with self.whole():
+            if self.refused(connection, frame):
                 return
             await trio.to_thread.run_sync(lambda: self.store.set_marks(rebuilding=wanted.rebuilding))
         connection.reply(frame[0], 0, frame[2])
 
     async def _close(self, connection: Connection, frame: Frame) -> None:
-        await self._quiesce()
-        async with self._whole():
-            if self._refused(connection, frame):
+        await self.quiesce()
+        async with self.whole():
+            if self.refused(connection, frame):
                 return
             maps = self.store.maps
             try:
                 await trio.to_thread.run_sync(self.store.sync)
-                if self._refused(connection, frame):  # deposed during the sync
+                if self.refused(connection, frame):  # deposed during the sync
                     return
                 maps.clear_settled_attachment()
                 sync = maps.begin()
                 await trio.to_thread.run_sync(sync.run)
             except OSError as error:
-                self._fail_parked(f"fdatasync failed: {error}")
+                self.fail_parked(f"fdatasync failed: {error}")
                 raise
             maps.finish(sync)
             if not maps.dirty_regions:
@@ -381,7 +483,7 @@ class Server:
             connection.token = None
         connection.reply(frame[0], 0, frame[2])
 
-    def _refused(self, connection: Connection, frame: Frame) -> bool:
+    def refused(self, connection: Connection, frame: Frame) -> bool:
         if self.failed:
             connection.reply(frame[0], Status.IO_ERROR, frame[2], payload=self.failed.encode())
             return True
@@ -411,6 +513,13 @@ class Server:
             read_bytes=counters.read_bytes,
             written_bytes=counters.written_bytes,
         )
+
+
+_STATUS: dict[type[StoreError], Status] = {
+    SnapshotExistsError: Status.EXISTS,
+    SnapshotNotFoundError: Status.NOT_FOUND,
+    SnapshotInUseError: Status.IN_USE,
+}
 
 
 def _peer_name(sock: socket.socket, peer: object) -> str:

@@ -35,9 +35,12 @@ REVISION = "revision.counter"
 RESERVE = "share-manager.reserve"
 RESERVE_SIZE = 256 << 10
 FIRST_HEAD = "volume-head-000.img"
+_PATIENCE = 4
 
-_HEAD_NAME = re.compile(r"volume-head-\d{3,}\.img")
-_SNAPSHOT_NAME = re.compile(r"volume-snap-[^/\0]+\.img")
+HEAD_IMAGE = re.compile(r"volume-head-(\d{3,})\.img")
+SNAPSHOT_IMAGE = re.compile(r"volume-snap-([^/\0]+)\.img")
+# ".checksum" is Longhorn's own
+_IMAGE_FILES = ("", ".checksum", ".meta")
 
 
 class VolumeMeta(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
@@ -154,7 +157,7 @@ def write_identity(directory: Path, identity: Identity) -> None:
 def read_volume_meta(directory: Path) -> VolumeMeta:
     """Raises StoreError."""
     meta = _decode(directory, VOLUME_META, _read(directory, VOLUME_META), VolumeMeta)
-    if not _HEAD_NAME.fullmatch(meta.head):
+    if not HEAD_IMAGE.fullmatch(meta.head):
         raise FormatError(directory, f"{VOLUME_META} names {meta.head!r} as head")
     if meta.size <= 0 or meta.size % BLOCK:
         raise FormatError(directory, f"{VOLUME_META} has size {meta.size}, not a positive multiple of {BLOCK}")
@@ -173,11 +176,23 @@ def read_image_meta(directory: Path, image: str) -> ImageMeta:
     return _decode(directory, f"{image}.meta", _read(directory, f"{image}.meta"), ImageMeta)
 
 
+def write_image_meta(directory: Path, meta: ImageMeta) -> None:
+    """Raises OSError."""
+    _write_json(directory / f"{meta.name}.meta", meta)
+
+
+def remove_image(directory: Path, image: str) -> None:
+    """Durable only with the next fsync of the directory. Raises OSError."""
+    # the metadata last: an image that nothing describes would be room lost for good
+    for suffix in _IMAGE_FILES:
+        (directory / (image + suffix)).unlink(missing_ok=True)
+
+
 def read_chain(directory: Path, head: str) -> tuple[str, ...]:
     """Image names from the head down to the oldest snapshot. Raises StoreError."""
     chain = [head]
     while parent := read_image_meta(directory, chain[-1]).parent:
-        if not _SNAPSHOT_NAME.fullmatch(parent):
+        if not SNAPSHOT_IMAGE.fullmatch(parent):
             raise FormatError(directory, f"{chain[-1]}.meta names {parent!r} as parent")
         if parent in chain:
             raise FormatError(directory, f"the snapshot chain runs in a circle at {parent}")
@@ -245,6 +260,36 @@ def _fill(directory: Path, *, volume: str, uuid: str, replica: str, size: int) -
     write_identity(directory, Identity(volume=volume, uuid=uuid, replica=replica))
 
 
+def adopt_replica(directory: Path, *, volume: str, uuid: str, replica: str) -> None:
+    """Make a directory of Longhorn's v1 engine ours by adding our files; what is there stays as it is.
+
+    Interrupted, it can be repeated. Raises StoreError, also for a replica that Longhorn had not finished to rebuild.
+    """
+    lock = lock_directory(directory)
+    try:
+        if (directory / IDENTITY).exists():
+            raise StoreError(directory, "it is a replica of share-manager already")
+        meta = read_volume_meta(directory)
+        if meta.rebuilding:
+            raise StoreError(directory, "Longhorn has not finished to rebuild it: take another replica")
+        for image in read_chain(directory, meta.head):
+            if not (directory / image).is_file():
+                raise FormatError(directory, f"{image} is missing")
+        with store_errors(directory, "adopt the replica"):
+            if not (directory / REVISION).exists():
+                replace_file(directory / REVISION, b"0".ljust(REVISION_SIZE, b"\0"))
+            fd = create_map(directory / INTENT_MAP, meta.size)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            make_reserve(directory)
+            # last, because it is what makes the directory ours
+            write_identity(directory, Identity(volume=volume, uuid=uuid, replica=replica))
+    finally:
+        os.close(lock)
+
+
 def make_reserve(directory: Path) -> None:
     """Keep room for metadata on a disk that becomes full. Raises OSError."""
     path = directory / RESERVE
@@ -274,6 +319,14 @@ def _truncate(path: Path, size: int, flags: int = 0) -> None:
 
 def inspect_replica(directory: Path) -> ReplicaInfo:
     """Read the metadata, without a lock: safe beside a running server. Raises StoreError."""
+    for _ in range(_PATIENCE):
+        # the chain may change between one file and the next
+        with contextlib.suppress(StoreError):
+            return _inspect(directory)
+    return _inspect(directory)
+
+
+def _inspect(directory: Path) -> ReplicaInfo:
     identity = read_identity(directory)
     meta = read_volume_meta(directory)
     chain = read_chain(directory, meta.head)

@@ -47,6 +47,12 @@ class FrameType(IntEnum):
     BITMAP = 12
     STATE = 13
     CLOSE = 14
+    SNAPSHOT = 20
+    SNAPSHOTS = 21
+    REVERT = 22
+    REMOVE_SNAPSHOT = 23
+    COALESCE = 24
+    READ_SNAPSHOT = 25
 
 
 class Status(IntEnum):
@@ -60,6 +66,9 @@ class Status(IntEnum):
     UNAUTHENTICATED = 7
     UNSUPPORTED_VERSION = 8
     WRONG_VOLUME = 9
+    EXISTS = 10
+    NOT_FOUND = 11
+    IN_USE = 12
 
 
 # (type, status, seq, offset, length, payload)

@@ -92,6 +92,70 @@ class State(Message, frozen=True, kw_only=True):
     rebuilding: bool | None = None
 
 
+class Snapshot(Message, frozen=True, kw_only=True):
+    """Freeze the head as snapshot `name`. `created` is RFC 3339, UTC, and the same for all replicas."""
+
+    name: str
+    created: str
+    user_created: bool = True
+    labels: dict[str, str] = msgspec.field(default_factory=dict)
+
+
+class SnapshotEntry(Message, frozen=True, kw_only=True):
+    """One snapshot of a SNAPSHOTS answer; sizes in bytes. See `engine.store.SnapshotInfo`."""
+
+    name: str
+    parent: str
+    created: str
+    user_created: bool
+    removed: bool
+    live: bool
+    children: int
+    size: int
+    allocated: int
+    labels: dict[str, str] = msgspec.field(default_factory=dict)
+
+
+class SnapshotsReply(Message, frozen=True, kw_only=True):
+    """The live ones first, the oldest first; then those that a revert left aside, parents first."""
+
+    snapshots: tuple[SnapshotEntry, ...]
+
+
+class Revert(Message, frozen=True, kw_only=True):
+    """Throw the head away for a new one on top of snapshot `name`; `created` is the new head's."""
+
+    name: str
+    created: str
+
+
+class RemoveSnapshot(Message, frozen=True, kw_only=True):
+    """Mark snapshot `name` as removed."""
+
+    name: str
+
+
+class Coalesce(Message, frozen=True, kw_only=True):
+    """One step of getting rid of the removed snapshot `name`, which copies about `budget` bytes."""
+
+    name: str
+    budget: int
+
+
+class CoalesceReply(Message, frozen=True, kw_only=True):
+    """`done` when the snapshot is gone. `copied` bytes in this step; `left` is about what is still to be copied."""
+
+    done: bool
+    copied: int
+    left: int
+
+
+class ReadSnapshot(Message, frozen=True, kw_only=True):
+    """Read from snapshot `name`, at the offset and length of the frame."""
+
+    name: str
+
+
 class StatusReply(Message, frozen=True, kw_only=True):
     """What a replica says of itself. Sizes in bytes; `allocated` is what the chain occupies on disk."""
 

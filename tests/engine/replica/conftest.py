@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -10,16 +11,24 @@ import pytest
 
 from engine.launch import ReplicaConfig, replica_argv
 from engine.store import create_replica
+from engine.store.direct import open_direct
 from tests.engine.replica.client import KEY, UUID
+from tests.engine.replica.inside import io_of
 
 SIZE = 64 << 20
 
 
-@pytest.fixture
-def tmp_path() -> Iterator[Path]:
-    """In memory: what these tests say of syncs they count themselves, and a shared disk makes them wait."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as base:
+@pytest.fixture(params=["memory", "disk", "direct"])
+def tmp_path(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """In memory, where data goes through the page cache; on disk, where slow reads, and where all goes past it."""
+    home = Path("/dev/shm" if request.param == "memory" else "/var/tmp")
+    with tempfile.TemporaryDirectory(prefix=request.param, dir=home if home.is_dir() else None) as base:
+        if request.param != "memory":
+            (Path(base) / "probe").write_bytes(bytes(4096))
+            fd = open_direct(Path(base) / "probe", insist=False)
+            if fd < 0:
+                pytest.skip(f"{home} has no direct I/O")
+            os.close(fd)
         yield Path(base)
 
 
@@ -30,7 +39,10 @@ class ReplicaProcess:
         secret = base / "secret"
         secret.write_text(KEY.hex())
         self.config = ReplicaConfig(
-            directory=str(self.directory), listen=listen or f"unix:{base}/r1.sock", secret_file=str(secret)
+            directory=str(self.directory),
+            listen=listen or f"unix:{base}/r1.sock",
+            secret_file=str(secret),
+            io=io_of(base),
         )
         self.process: subprocess.Popen[bytes] | None = None
         self.address = ""

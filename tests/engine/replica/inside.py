@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import trio
 
 from engine.address import Address
 from engine.replica import Server, listen
-from engine.store import Store, create_replica
+from engine.replica.aio import Ring
+from engine.replica.direct import open_ring
+from engine.store import IoMode, Store, create_replica
 from tests.engine.replica.client import KEY, UUID
 
 SIZE = 64 << 20
@@ -37,11 +40,69 @@ class Held:
         self.finished += 1
 
 
+def io_of(base: Path) -> IoMode:
+    """See the fixture `tmp_path`."""
+    return "direct" if base.name.startswith("direct") else "auto"
+
+
+class Disk:
+    """A ring whose completions are held back, or made to fail."""
+
+    def __init__(self, ring: Ring) -> None:
+        self.ring = ring
+        self.eventfd = ring.eventfd
+        self.held: Callable[[int, int], bool] | None = None  # by opcode and offset
+        self.errors: Callable[[int, int], int] = lambda opcode, offset: 0
+        self.waiting: list[tuple[int, int]] = []
+        self.prepared = 0
+        self.batches = 0
+        self._requests: dict[int, tuple[int, int]] = {}
+
+    def prepare(self, tag: int, opcode: int, fd: int, address: int, length: int, offset: int, flags: int) -> None:
+        self.prepared += 1
+        self._requests[tag] = (opcode, offset)
+        self.ring.prepare(tag, opcode, fd, address, length, offset, flags)
+
+    def flags(self, tag: int) -> int:
+        return self.ring.flags(tag)
+
+    def submit(self) -> int:
+        self.batches += 1
+        return self.ring.submit()
+
+    def submit_all(self, tags: Sequence[int]) -> None:
+        self.ring.submit_all(tags)
+
+    def completions(self, wait: bool = False) -> list[tuple[int, int]]:
+        done, self.waiting = self.waiting + self.ring.completions(wait), []
+        passed = []
+        for tag, result in done:
+            request = self._requests[tag]
+            if result > 0 and self.held is not None and self.held(*request):
+                self.waiting.append((tag, result))
+            else:
+                passed.append((tag, self.errors(*request) or result))
+        return passed
+
+    def release(self) -> None:
+        self.held = None
+        self.look()
+
+    def look(self) -> None:
+        """Have what is held back looked at again."""
+        os.eventfd_write(self.eventfd, 1)
+
+    def close(self) -> None:
+        self.ring.close()
+
+
 class Inside:
     def __init__(self, store: Store, address: str) -> None:
         self.store = store
         self.address = address
-        self.server = Server(store, KEY)
+        ring = open_ring(store, "auto")
+        self.disk = Disk(ring) if ring is not None else None
+        self.server = Server(store, KEY, self.disk)
         self.sync = Held(store.sync)
         store.sync = self.sync  # type: ignore[method-assign]
         self.map_syncs = 0
@@ -71,7 +132,7 @@ async def inside(base: Path) -> AsyncIterator[Inside]:
     directory = base / "r1"
     if not directory.exists():
         create_replica(directory, volume="vol1", uuid=UUID, replica="r1", size=SIZE)
-    store = Store.open(directory)
+    store = Store.open(directory, io_of(base))
     listener = listen(Address.parse(f"unix:{base}/inside.sock"))
     running = Inside(store, str(listener.address))
     try:

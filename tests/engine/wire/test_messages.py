@@ -23,6 +23,31 @@ def test_golden_bytes_of_a_hello() -> None:
     )
 
 
+def test_golden_bytes_of_a_snapshot_and_its_list() -> None:
+    message = messages.Snapshot(name="a", created="2024-05-06T07:08:09Z", user_created=False, labels={"k": "v"})
+    assert messages.encode(message).hex() == (
+        "84a46e616d65a161a763726561746564b4323032342d30352d30365430373a30383a30395aac757365725f63726561746564c2"
+        "a66c6162656c7381a16ba176"
+    )
+    entry = messages.SnapshotEntry(
+        name="a", parent="", created="", user_created=True, removed=False, live=True, children=1, size=8, allocated=4
+    )
+    assert messages.encode(messages.SnapshotsReply(snapshots=(entry,))).hex() == (
+        "81a9736e617073686f74739189a46e616d65a161a6706172656e74a0a763726561746564a0ac757365725f63726561746564c3"
+        "a772656d6f766564c2a46c697665c3a86368696c6472656e01a473697a6508a9616c6c6f636174656404"
+    )
+
+
+def test_golden_bytes_of_a_coalesce() -> None:
+    assert (
+        messages.encode(messages.Coalesce(name="a", budget=1 << 20)).hex() == "82a46e616d65a161a6627564676574ce00100000"
+    )
+    assert messages.encode(messages.CoalesceReply(done=False, copied=4096, left=0)).hex() == (
+        "83a4646f6e65c2a6636f70696564cd1000a46c65667400"
+    )
+    assert messages.encode(messages.ReadSnapshot(name="a")).hex() == "81a46e616d65a161"
+
+
 def test_fields_of_a_later_release_are_ignored() -> None:
     later = msgspec.msgpack.encode({"volume_uuid": "u", "epoch": 1, "incarnation": 1, "invented_later": [1, 2]})
     assert messages.decode(later, messages.Open).epoch == 1
@@ -30,7 +55,9 @@ def test_fields_of_a_later_release_are_ignored() -> None:
 
 @given(st.binary(max_size=100))
 def test_any_bytes_decode_or_are_a_protocol_error(noise: bytes) -> None:
-    for kind in (messages.Hello, messages.Auth, messages.Open, messages.Track, messages.State, messages.Bitmap):
+    kinds = [kind for kind in vars(messages).values() if isinstance(kind, type) and issubclass(kind, messages.Message)]
+    assert len(kinds) > 15
+    for kind in kinds:
         try:
             messages.decode(noise, kind)
         except ProtocolError:

@@ -1,0 +1,156 @@
+"""Linux AIO through ctypes: what was prepared goes to the kernel in one call, what completed comes back in one.
+
+Request and result layouts are those of linux/aio_abi.h; see io_submit(2). Only `submit_all` may run in a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+import platform
+import struct
+from collections import deque
+from collections.abc import Sequence
+
+PREAD = 0
+PWRITE = 1
+NOWAIT = 8  # RWF_NOWAIT: EAGAIN where the submission would have to wait, for a lock or to allocate blocks
+FLAG_RESFD = 1
+
+POLL_NS = 100_000
+
+# io_setup, io_destroy, io_getevents, io_submit
+_CALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2), "riscv64": (0, 1, 4, 2)}
+
+# data u64 | key u32 | rw flags u32 | opcode u16 | priority i16 | fd u32 | buffer u64 | bytes u64 | offset i64
+# | reserved u64 | flags u32 | eventfd u32
+_IOCB = struct.Struct("<QIIHhIQQqQII")
+_FLAGS_AT = 12
+_FLAGS = struct.Struct("<I")
+# data u64 | iocb u64 | result i64 | result i64
+_EVENT = struct.Struct("<QQqq")
+_TIMESPEC = struct.Struct("=qq")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+
+
+def _address(buffer: mmap.mmap | bytearray) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+class Ring:
+    """One AIO context for `depth` requests, each known by its tag (0 to `depth` - 1), one at a time.
+
+    `eventfd` is readable when there are completions.
+    """
+
+    def __init__(self, depth: int) -> None:
+        """Raises OSError: no AIO on this kernel, not allowed, or fs.aio-max-nr reached (EAGAIN)."""
+        calls = _CALLS.get(platform.machine())
+        if calls is None or struct.calcsize("P") != 8:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        setup, self._destroy, getevents, submit = (ctypes.c_long(number) for number in calls)
+        context = ctypes.c_ulong(0)
+        if _syscall(setup, ctypes.c_uint(depth), ctypes.byref(context)):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        self._context = ctypes.c_ulong(context.value)
+        self._submit, self._getevents = submit, getevents
+        self.eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._iocbs = bytearray(_IOCB.size * depth)
+        self._iocbs_at = _address(self._iocbs)
+        self._queue = (ctypes.c_uint64 * depth)()
+        self._queue_at = ctypes.addressof(self._queue)
+        self._queued = 0
+        self._events = bytearray(_EVENT.size * depth)
+        self._events_at = ctypes.c_void_p(_address(self._events))
+        self._one, self._poll = ctypes.c_long(1), _TIMESPEC.pack(0, POLL_NS)
+        self._poll_at = ctypes.c_char_p(self._poll)
+        self._zero, self._depth, self._null = ctypes.c_long(0), ctypes.c_long(depth), ctypes.c_void_p(None)
+        self._failed: deque[tuple[int, int]] = deque()
+
+    def prepare(self, tag: int, opcode: int, fd: int, address: int, length: int, offset: int, flags: int) -> None:
+        at = tag * 64
+        _IOCB.pack_into(
+            self._iocbs, at, tag, 0, flags, opcode, 0, fd, address, length, offset, 0, FLAG_RESFD, self.eventfd
+        )
+        self._queue[self._queued] = self._iocbs_at + at
+        self._queued += 1
+
+    def flags(self, tag: int) -> int:
+        found: int = _FLAGS.unpack_from(self._iocbs, tag * 64 + _FLAGS_AT)[0]
+        return found
+
+    def submit(self) -> int:
+        """Hand over what was prepared, and return how many. What the kernel refuses completes with its error."""
+        count, self._queued = self._queued, 0
+        if count:
+            self._hand_over(self._queue_at, count)
+        return count
+
+    def submit_all(self, tags: Sequence[int]) -> None:
+        """Submit these again without NOWAIT; for a worker thread, since it may wait."""
+        for tag in tags:
+            _FLAGS.pack_into(self._iocbs, tag * 64 + _FLAGS_AT, 0)
+        queue = (ctypes.c_uint64 * len(tags))(*(self._iocbs_at + tag * 64 for tag in tags))
+        self._hand_over(ctypes.addressof(queue), len(tags))
+
+    def _hand_over(self, queue_at: int, count: int) -> None:
+        done = 0
+        while done < count:
+            taken = _syscall(
+                self._submit, self._context, ctypes.c_long(count - done), ctypes.c_void_p(queue_at + done * 8)
+            )
+            if taken > 0:
+                done += taken
+                continue
+            # the first of them is refused; those behind it may be good
+            code = ctypes.get_errno()
+            refused = ctypes.c_uint64.from_address(queue_at + done * 8).value
+            self._failed.append(((refused - self._iocbs_at) // 64, -code))
+            os.eventfd_write(self.eventfd, 1)
+            done += 1
+
+    def completions(self, wait: bool = False) -> list[tuple[int, int]]:
+        """(tag, result) of what has completed; a result is a number of bytes, or an error number below zero.
+
+        With `wait`, which is for a single request in flight, it is waited for, but no longer than `POLL_NS`. (Were
+        there others, one that completes between the two calls here would not be told by the eventfd any more.)
+        """
+        if wait:
+            count = _syscall(self._getevents, self._context, self._one, self._depth, self._events_at, self._poll_at)
+            if count > 0:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self.eventfd)
+        else:
+            try:
+                os.eventfd_read(self.eventfd)
+            except BlockingIOError:
+                return []
+            count = _syscall(self._getevents, self._context, self._zero, self._depth, self._events_at, self._null)
+        found = []
+        while self._failed:  # appended to by threads
+            found.append(self._failed.popleft())
+        unpack, events = _EVENT.unpack_from, self._events
+        for at in range(0, count * 32, 32):
+            tag, _, result, _ = unpack(events, at)
+            found.append((tag, result))
+        return found
+
+    def close(self) -> None:
+        """Waits for what is submitted."""
+        _syscall(self._destroy, self._context)
+        os.close(self.eventfd)
+
+
+class Pool:
+    """Page-aligned memory, reused for ever; pages cost nothing until they are used."""
+
+    def __init__(self, size: int) -> None:
+        self.memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.address = _address(self.memory)
