@@ -150,6 +150,6 @@ async def inside(base: Path) -> AsyncIterator[Inside]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         while not condition():
             await trio.sleep(0.002)

@@ -11,7 +11,7 @@ from engine.wire import messages
 from engine.wire.frame import REPLY, FrameType, Status, encode_frame
 from engine.wire.handshake import NONCE_SIZE, new_nonce, proof
 from tests.engine.replica.client import KEY, UUID, Client, Closed, connect
-from tests.engine.replica.inside import inside
+from tests.engine.replica.inside import inside, until
 
 
 def hello(low: int = 1, high: int = 1) -> bytes:
@@ -97,7 +97,7 @@ async def test_many_strangers_do_not_keep_an_engine_out(tmp_path: Path, monkeypa
 
         for _ in range(10):
             nursery.start_soon(stranger)
-        await trio.sleep(0.1)
+        await until(lambda: gone >= 6)
         assert gone == 6
         async with connect(replica.address) as client:
             assert (await client.open(1))[1] == Status.OK
