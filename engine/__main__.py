@@ -1,6 +1,6 @@
 """The engine process: `python -m engine CONFIG.json` (see `engine.launch.EngineConfig`).
 
-Exit status: 0 detached cleanly, 3 fenced, 4 no in-sync replica, 1 anything else. After a failure it leaves at once,
+Its exit statuses are `engine.launch.EngineExit`. After a failure it leaves at once,
 with its unanswered requests unanswered: whoever else holds the FUSE descriptor decides what becomes of them.
 """
 
@@ -23,14 +23,12 @@ from engine.control import ControlServer, control_socket
 from engine.controller.driver import Controller, attach
 from engine.errors import EngineError, FencedError, NoReplicaError
 from engine.frontend import frontend
-from engine.launch import EngineConfig
+from engine.launch import EngineConfig, EngineExit
 from engine.record import FileRecordStore
 from engine.secret import read_secret
 
 log = structlog.get_logger()
 
-EXIT_FENCED = 3
-EXIT_NO_REPLICA = 4
 _PR_SET_IO_FLUSHER = 57
 
 
@@ -41,8 +39,8 @@ def _io_flusher() -> None:
 
 def exit_status(error: EngineError) -> int:
     if isinstance(error, FencedError):
-        return EXIT_FENCED
-    return EXIT_NO_REPLICA if isinstance(error, NoReplicaError) else 1
+        return EngineExit.FENCED
+    return EngineExit.NO_REPLICA if isinstance(error, NoReplicaError) else EngineExit.ERROR
 
 
 def _report(error: BaseException) -> None:

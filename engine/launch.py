@@ -6,6 +6,7 @@ A replica is `python -m engine.replica CONFIG.json`, an engine `python -m engine
 
 from __future__ import annotations
 
+import enum
 import sys
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,15 @@ from typing import Literal
 import msgspec
 
 from engine.durable import replace_file
+
+
+class EngineExit(enum.IntEnum):
+    """Exit statuses of the engine process. `NO_REPLICA`: no in-sync replica, at the attach or later."""
+
+    CLEAN = 0
+    ERROR = 1
+    FENCED = 3
+    NO_REPLICA = 4
 
 
 class ReplicaConfig(msgspec.Struct, frozen=True, kw_only=True):

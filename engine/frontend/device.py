@@ -81,7 +81,7 @@ class _FuseRequest:
             with contextlib.suppress(OSError):
                 os.writev(self.fd, (_OUT.pack(16 + len(data), 0, self.unique), data))
         else:
-            _send(self.fd, _OUT.pack(16, 0, self.unique))
+            _answer(self.fd, self.unique)
 
 
 class _Piece:
@@ -130,7 +130,7 @@ class _Discard:
             if self._error:
                 _answer_error(self._fd, self._unique, self._error)
             else:
-                _send(self._fd, _OUT.pack(16, 0, self._unique))
+                _answer(self._fd, self._unique)
 
 
 def _send(fd: int, answer: bytes) -> None:

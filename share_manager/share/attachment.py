@@ -16,7 +16,7 @@ from engine.client import EngineClient, EngineStatus, EngineUnreachableError
 from engine.errors import FrontendError
 from engine.frontend import DEFAULT_FRONTEND
 from engine.frontend.fuse_device import FuseDevice
-from engine.launch import EngineConfig, engine_argv
+from engine.launch import EngineConfig, EngineExit, engine_argv
 from engine.record import FileRecordStore, VolumeRecord, bump_epoch
 from share_manager.errors import (
     CommandError,
@@ -31,7 +31,7 @@ from share_manager.share.background import Background, background
 from share_manager.share.child import Child, start_child
 from share_manager.share.loop import attach_loop, detach_loop
 from share_manager.share.state import StateFile
-from share_manager.share.supervise import Decision, EngineExit, Observed, Policy, decide, may_resume
+from share_manager.share.supervise import Decision, Observed, Policy, decide, may_resume
 
 ENGINE_START_TIMEOUT = 60.0
 ENGINE_STOP_TIMEOUT = 20.0

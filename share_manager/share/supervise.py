@@ -16,6 +16,8 @@ from collections.abc import Sequence
 
 import msgspec
 
+from engine.launch import EngineExit
+
 RESUME_AT_MOST = 5
 RESUME_WINDOW = 60.0
 
@@ -25,15 +27,6 @@ class Decision(enum.Enum):
     RESTART_GANESHA = "restart ganesha"
     REATTACH = "attach again"
     STOP_FENCED = "stop, fenced"
-
-
-class EngineExit(enum.IntEnum):
-    """Exit statuses of the engine process (engine.launch)."""
-
-    CLEAN = 0
-    ERROR = 1
-    FENCED = 3
-    NO_REPLICA = 4
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):

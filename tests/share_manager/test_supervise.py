@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.launch import EngineExit
 from share_manager.share.supervise import (
     RESUME_AT_MOST,
     RESUME_WINDOW,
     Backoff,
     Decision,
-    EngineExit,
     Observed,
     Policy,
     decide,
