@@ -109,12 +109,22 @@ async def test_of_concurrent_opens_the_highest_wins(tmp_path: Path) -> None:
     async with inside(tmp_path) as replica:
         winners: list[int] = []
 
+        async def write(client: Client, data: bytes) -> int:
+            seq = await client.send(FrameType.WRITE, data, length=len(data))
+            reply = await client.receive()
+            if reply[2] == 0:
+                # deposed meanwhile, and told so before its request was looked at
+                assert reply[:2] == (FrameType.OPEN | REPLY, Status.STALE_EPOCH)
+            else:
+                assert (reply[0], reply[2]) == (FrameType.WRITE | REPLY, seq)
+            return reply[1]
+
         async def claim(epoch: int) -> None:
             try:
                 async with connect(replica.address) as client:
-                    if (await client.open(epoch))[1] == Status.OK and (await client.write(0, b"x"))[1] == Status.OK:
+                    if (await client.open(epoch))[1] == Status.OK and await write(client, b"x") == Status.OK:
                         await trio.sleep(0.3)
-                        if (await client.write(0, b"%02d" % epoch))[1] == Status.OK:
+                        if await write(client, b"%02d" % epoch) == Status.OK:
                             winners.append(epoch)
             except Closed:
                 pass
