@@ -21,12 +21,12 @@ FROM ${BASE}
 LABEL org.opencontainers.image.title="share-manager" \
       org.opencontainers.image.description="ReadWriteMany NFS shares on replicated block volumes" \
       org.opencontainers.image.licenses="Apache-2.0"
-COPY deploy/apt/runtime.txt /tmp/packages.txt
+COPY deploy/apt/runtime.txt deploy/apt/node.txt /tmp/packages/
 RUN export DEBIAN_FRONTEND=noninteractive \
     && apt-get update -qq \
-    && sed 's/#.*//' /tmp/packages.txt | xargs apt-get install -qq --yes --no-install-recommends \
+    && sed 's/#.*//' /tmp/packages/*.txt | xargs apt-get install -qq --yes --no-install-recommends \
     && apt-get clean \
-    && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log /usr/share/doc /usr/share/man /tmp/packages.txt
+    && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log /usr/share/doc /usr/share/man /tmp/packages
 # ganesha finds the filesystem of an export there; not every runtime makes it
 RUN ln -sf /proc/self/mounts /etc/mtab
 COPY --from=build /opt/share-manager /opt/share-manager

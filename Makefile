@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export PYTHON VENV
 
-.PHONY: help setup setup-test serve test test-fast test-system lint format bench image constraints clean
+.PHONY: help setup setup-test serve test test-fast test-system lint format bench crds image constraints clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -32,11 +32,12 @@ else
 	@$(BIN)/python -m pytest $(ARGS)
 endif
 
+# a test that hangs ends its worker with all stacks printed: raising an error in it may not be enough
 test-fast: setup-test ## run the tests that need no root and no real parts
-	@$(BIN)/python -m pytest -m "not system" $(ARGS)
+	@$(BIN)/python -m pytest -m "not system" -n 2 --dist worksteal --timeout-method=thread $(ARGS)
 
 test-system: setup-test ## run the tests with real ganesha, FUSE, loop devices and kernel NFS clients
-	@$(BIN)/python -m pytest -m system $(ARGS)
+	@$(BIN)/python -m pytest -m system -n 2 --dist loadfile $(ARGS)
 
 lint: setup-test ## check style, types and import contracts
 	@status=0; \
@@ -52,6 +53,9 @@ format: setup-test ## let ruff rewrite what it can
 
 bench: setup-test ## measure plain file, loop, engine and known references: ARGS="--quick"
 	@$(BIN)/share-manager bench $(ARGS)
+
+crds: setup-test ## write deploy/crds anew, from share_manager/kube/resources.py
+	@$(BIN)/python -m share_manager.kube.crds deploy/crds
 
 image: setup-test ## build the container image with buildah, and start it once
 	@scripts/image.sh

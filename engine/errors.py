@@ -133,6 +133,175 @@ class SnapshotInUseError(StoreError):
     """The snapshot cannot be merged away at present, because of what builds on it."""
 
 
+class BusyError(EngineError):
+    """One change of the snapshots or the replicas at a time."""
+
+    def __init__(self, volume: str, what: str) -> None:
+        super().__init__(volume, what)
+        self.volume = volume
+        self.what = what
+
+    def __str__(self) -> str:
+        return f"volume {self.volume!r} is busy: {self.what} is under way; try again when that is done"
+
+
+class CorruptBlockError(StoreError):
+    """A block is not what its checksum says; `offset` is where in the volume, `image` the file that holds it."""
+
+    def __init__(self, directory: Path, image: str, offset: int) -> None:
+        super().__init__(directory, f"the block at {offset} of {image} does not match its checksum")
+        self.image = image
+        self.offset = offset
+
+
+class NotEqualError(EngineError):
+    """The replicas cannot take a snapshot at one point while one of them is not what the others are."""
+
+    def __init__(self, volume: str, reason: str) -> None:
+        super().__init__(volume, reason)
+        self.volume = volume
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"volume {self.volume!r} cannot change its snapshots now: {self.reason}; try again when that is done"
+
+
+class ReplicasRefuseError(EngineError):
+    """No replica did it; nothing has changed."""
+
+    def __init__(self, volume: str, reason: str) -> None:
+        super().__init__(volume, reason)
+        self.volume = volume
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the snapshots of volume {self.volume!r} are as they were: {self.reason or 'no replica answers'}"
+
+
+class NeedsRebuildError(EngineError):
+    """A copy of what changed would not make this replica equal to the others."""
+
+    def __init__(self, replica: str, reason: str) -> None:
+        super().__init__(replica, reason)
+        self.replica = replica
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"replica {self.replica} has to be rebuilt: {self.reason}"
+
+
+class UnfinishedRevertError(EngineError):
+    def __init__(self, volume: str, name: str, reason: str) -> None:
+        super().__init__(volume, name, reason)
+        self.volume = volume
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"volume {self.volume!r} was being reverted to snapshot {self.name!r} and cannot be used before "
+            f"that is done, but its replicas refuse: {self.reason}"
+        )
+
+
+class NoSuchSnapshotError(EngineError):
+    def __init__(self, volume: str, name: str) -> None:
+        super().__init__(volume, name)
+        self.volume = volume
+        self.name = name
+
+    def __str__(self) -> str:
+        return (
+            f"volume {self.volume!r} has no snapshot {self.name!r}: "
+            f"`share-manager snapshot list {self.volume}` shows what there is"
+        )
+
+
+class SnapshotTakenError(EngineError):
+    def __init__(self, volume: str, name: str, removed: bool) -> None:
+        super().__init__(volume, name, removed)
+        self.volume = volume
+        self.name = name
+        self.removed = removed
+
+    def __str__(self) -> str:
+        why = ", deleted but not merged away yet" if self.removed else ""
+        return f"volume {self.volume!r} has a snapshot {self.name!r} already{why}: choose another name"
+
+
+class SnapshotReadError(EngineError):
+    """Somebody reads it through the engine."""
+
+    def __init__(self, volume: str, name: str) -> None:
+        super().__init__(volume, name)
+        self.volume = volume
+        self.name = name
+
+    def __str__(self) -> str:
+        return (
+            f"snapshot {self.name!r} of volume {self.volume!r} is being read: end the `share-manager snapshot mount`, "
+            "`browse` or `cp` first"
+        )
+
+
+class TooManySnapshotsError(EngineError):
+    def __init__(self, volume: str, limit: int, removed: int) -> None:
+        super().__init__(volume, limit, removed)
+        self.volume = volume
+        self.limit = limit
+        self.removed = removed
+
+    def __str__(self) -> str:
+        gone = f", {self.removed} of them deleted and not merged away yet" if self.removed else ""
+        return (
+            f"volume {self.volume!r} has {self.limit} snapshots{gone}, and cannot have more: delete some with "
+            f"`share-manager snapshot delete`, and see that they are merged away with `share-manager snapshot purge`"
+        )
+
+
+class InUseError(EngineError):
+    """Not while somebody may have the volume mounted."""
+
+    def __init__(self, volume: str, what: str) -> None:
+        super().__init__(volume, what)
+        self.volume = volume
+        self.what = what
+
+    def __str__(self) -> str:
+        return (
+            f"volume {self.volume!r} is in use: "
+            f"stop it with `share-manager stop {self.volume}` before it is {self.what}"
+        )
+
+
+class ReplicaNameError(EngineError):
+    """There is such a replica already, or none, or there cannot be one."""
+
+    def __init__(self, volume: str, name: str, problem: str) -> None:
+        super().__init__(volume, name, problem)
+        self.volume = volume
+        self.name = name
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"volume {self.volume!r}: {self.problem}"
+
+
+class LastReplicaError(EngineError):
+    """A volume keeps at least one replica that is in sync."""
+
+    def __init__(self, volume: str, name: str) -> None:
+        super().__init__(volume, name)
+        self.volume = volume
+        self.name = name
+
+    def __str__(self) -> str:
+        return (
+            f"replica {self.name} is the only one of volume {self.volume!r} that is in sync and cannot be removed: "
+            "add another one and wait until it is in sync"
+        )
+
+
 class OutOfRangeError(EngineError):
     """A request beyond the end of the volume, or not inside one frame."""
 
@@ -144,6 +313,18 @@ class OutOfRangeError(EngineError):
 
     def __str__(self) -> str:
         return f"request {self.offset}+{self.length} is outside the volume of {self.size} bytes"
+
+
+class ResizeError(EngineError):
+    """The volume keeps its size."""
+
+    def __init__(self, volume: str, reason: str) -> None:
+        super().__init__(volume, reason)
+        self.volume = volume
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"volume {self.volume!r} keeps its size: {self.reason}"
 
 
 class FrontendError(EngineError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import os
 from pathlib import Path
 
@@ -13,7 +15,7 @@ SECRET_SIZE = 32
 
 def create_secret(path: Path) -> None:
     """Raises OSError."""
-    replace_file(path, os.urandom(SECRET_SIZE).hex().encode() + b"\n", mode=0o600)
+    write_secret(path, os.urandom(SECRET_SIZE))
 
 
 def read_secret(path: Path) -> bytes:
@@ -25,3 +27,13 @@ def read_secret(path: Path) -> bytes:
     if len(key) != SECRET_SIZE:
         raise EngineError(f"the volume's secret {path} has {len(key)} bytes, not {SECRET_SIZE}")
     return key
+
+
+def volume_secret(cluster: bytes, uuid: str) -> bytes:
+    """The secret of a volume whose nodes share one: so that no node has to be told one for each volume."""
+    return hmac.new(cluster, f"share-manager volume {uuid}".encode(), hashlib.sha256).digest()
+
+
+def write_secret(path: Path, key: bytes) -> None:
+    """Raises OSError."""
+    replace_file(path, key.hex().encode() + b"\n", mode=0o600)

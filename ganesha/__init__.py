@@ -19,6 +19,7 @@ from ganesha.health import export_handle, handle_carries_uuid, null_call
 from ganesha.leftovers import Leftover, find_leftovers, kill_leftovers
 from ganesha.logs import EventKind, LogEvent
 from ganesha.process import Ganesha, GraceState, run_ganesha
+from ganesha.reach import Reach
 from ganesha.recovery import ClientRecord, consolidate, drop_all, list_records, make_durable, prune_records
 from ganesha.render import render
 
@@ -40,6 +41,7 @@ __all__ = [
     "MissingProgramError",
     "Nfs4Error",
     "NfsClient",
+    "Reach",
     "RecoveryError",
     "RpcError",
     "ServerConfig",

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from ganesha.errors import HealthError, Nfs4Error
+from ganesha.reach import HERE, Reach
 from ganesha.rpc import PROC_COMPOUND, PROC_NULL, RpcConnection, Unpacker, connect, pack_opaque, pack_uint
 
 _GETFH, _LOOKUP, _PUTROOTFH = 10, 15, 24
@@ -21,12 +22,12 @@ async def _within(timeout: float, host: str, port: int) -> AsyncIterator[None]:
         raise HealthError(f"no answer from the NFS server at {host} port {port} within {timeout:g} s")
 
 
-async def null_call(host: str, port: int, timeout: float) -> None:
+async def null_call(host: str, port: int, timeout: float, reach: Reach = HERE) -> None:
     """An NFSv4 NULL call (RFC 7530 section 16.1) over a new TCP connection.
 
     Raises HealthError when it is not answered, correctly, within `timeout` seconds.
     """
-    async with _within(timeout, host, port), connect(host, port) as rpc:
+    async with _within(timeout, host, port), connect(host, port, reach=reach) as rpc:
         await rpc.call(PROC_NULL)
 
 

@@ -3,7 +3,7 @@
 import os
 import socket
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
@@ -11,18 +11,20 @@ import msgspec
 import trio
 
 from ganesha import logs
-from ganesha.children import end, find_program, run_bus, spawn
+from ganesha.children import Process, end, find_program, run_bus, spawn, spawn_tied
 from ganesha.config import Export, ServerConfig
 from ganesha.dbus import BUS_CONFIG, Control, NfsClient, ServerStats, bus_address, plain_address
 from ganesha.errors import ConfigError, DbusError, HealthError, StartError, UpdateError
 from ganesha.health import null_call
 from ganesha.logs import EventKind, LogEvent, LogTail
+from ganesha.reach import HERE, Reach
 from ganesha.recovery import ClientRecord, consolidate, list_records, make_durable
 from ganesha.render import render
 
 STOP_TIMEOUT = 10.0
 _EVENTS = 1000
 _POLL = 0.1
+_READY_POLL = 0.02  # clients wait for it
 _SOCKET_PATH_MAX = 107  # unix(7): sun_path holds 108 bytes with its NUL
 _NULL_TIMEOUT = 2.0
 _RECORDS_TIMEOUT = 2.0
@@ -48,9 +50,16 @@ class Ganesha:
     """
 
     def __init__(
-        self, config: ServerConfig, run_dir: Path, process: trio.Process, dbus: trio.Process, control: Control
+        self,
+        config: ServerConfig,
+        run_dir: Path,
+        process: Process,
+        dbus: trio.Process,
+        control: Control,
+        reach: Reach,
     ) -> None:
         self._config = config
+        self._reach = reach
         self._run_dir = run_dir
         self._process = process
         self._dbus = dbus
@@ -98,7 +107,7 @@ class Ganesha:
                 if self.returncode is not None:
                     raise self._failed_start()
                 await trio.sleep(pause)
-                pause = min(pause * 1.5, _POLL)
+                pause = min(pause * 1.5, _READY_POLL)
         self._read_log()
         reason = logs.failure_reason(self._start_log)
         raise StartError(
@@ -113,7 +122,7 @@ class Ganesha:
         try:
             if not await self._control.name_owned():
                 return False
-            await null_call(self._config.connect_host, self._config.port, _NULL_TIMEOUT)
+            await null_call(self._config.connect_host, self._config.port, _NULL_TIMEOUT, self._reach)
             present = await self._control.export_ids()
         except (DbusError, HealthError):
             return False
@@ -152,7 +161,7 @@ class Ganesha:
 
     async def null_call(self, timeout: float = _NULL_TIMEOUT) -> None:
         """Raises HealthError when the server does not answer within `timeout` seconds."""
-        await null_call(self._config.connect_host, self._config.port, timeout)
+        await null_call(self._config.connect_host, self._config.port, timeout, self._reach)
 
     async def clients(self) -> list[NfsClient]:
         """Addresses that made more than NULL calls since the start, with the ids of clients that hold a lease there.
@@ -278,12 +287,17 @@ async def run_ganesha(
     epoch: int,
     keep_fds: Sequence[int] = (),
     stop_timeout: float = STOP_TIMEOUT,
+    reach: Reach = HERE,
+    tied: bool = False,
+    before_start: Callable[[], Awaitable[None]] | None = None,
 ) -> AsyncIterator[Ganesha]:
     """Starts a server, which may not be ready yet, and stops it at the end: SIGTERM, then SIGKILL after `stop_timeout`.
 
     `run_dir`, absolute and on this machine, gets its configuration, log and bus socket, and is made private to the
     user. `epoch` (32 bits) must never be used twice for a volume: write verifiers, client ids and stateids derive from
-    it. `keep_fds` are inherited under the same numbers. When this process dies the server lives on.
+    it. `keep_fds` are inherited under the same numbers. It runs in the namespace of `reach`. When this process dies
+    the server lives on, unless it is `tied`: then the kernel kills it. `before_start` is awaited when all else is
+    ready.
 
     Raises ConfigError, MissingProgramError, StartError, RecoveryError, and at the end StopError.
     """
@@ -294,15 +308,21 @@ async def run_ganesha(
     path = _prepare(config, run_dir)
     # In a thread that may be left behind, since the volume may hang.
     await trio.to_thread.run_sync(_prepare_records, config.recovery_root, abandon_on_cancel=True)
-    command = [ganesha_program, "-F", "-E", str(epoch), "-f", str(path), "-L", str(log_path(run_dir))]
+    command = [*reach.argv(), ganesha_program, "-F", "-E", str(epoch), "-f", str(path), "-L", str(log_path(run_dir))]
     command += ["-p", str(run_dir / "ganesha.pid")]
     bus_socket = run_dir / "bus.sock"
     # With the host's blkid cache ganesha would take the UUID that the device, such as /dev/loop0, had under its last
     # owner (measured), and handles would not survive a failover.
     environment = {"DBUS_SYSTEM_BUS_ADDRESS": bus_address(bus_socket), "BLKID_FILE": str(run_dir / "blkid.tab")}
     async with run_bus(run_dir) as bus:
-        process = await spawn(command, log_path(run_dir), environment, keep_fds)
-        ganesha = Ganesha(config, run_dir, process, bus, Control(bus_socket))
+        if before_start is not None:
+            await before_start()
+        fds = (*keep_fds, *reach.fds())
+        if tied:
+            process: Process = spawn_tied(command, log_path(run_dir), environment, fds)
+        else:
+            process = await spawn(command, log_path(run_dir), environment, fds)
+        ganesha = Ganesha(config, run_dir, process, bus, Control(bus_socket), reach)
         try:
             with _unwrapped():
                 async with trio.open_nursery() as nursery:

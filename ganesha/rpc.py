@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from ganesha.errors import RpcError
+from ganesha.reach import HERE, Reach
 
 NFS_PROGRAM = 100003
 NFS_V4 = 4
@@ -128,13 +129,19 @@ def _accepted(reply: Unpacker) -> Unpacker:
 
 
 @asynccontextmanager
-async def connect(host: str, port: int, *, source: str | None = None) -> AsyncIterator[RpcConnection]:
+async def connect(
+    host: str, port: int, *, source: str | None = None, reach: Reach = HERE
+) -> AsyncIterator[RpcConnection]:
     """A connection to `host`, an IP address, from the local address `source` if given. Raises RpcError.
 
     Has no timeout of its own: the caller puts one around the whole exchange.
     """
     family = trio.socket.AF_INET6 if ":" in host else trio.socket.AF_INET
-    with trio.socket.socket(family, trio.socket.SOCK_STREAM) as sock:
+    try:
+        made = reach.socket(family)
+    except OSError as error:
+        raise RpcError(f"no socket to reach the NFS server with: {error.strerror or error}") from error
+    with trio.socket.from_stdlib_socket(made) as sock:
         try:
             if source is not None:
                 await sock.bind((source, 0))

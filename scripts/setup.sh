@@ -8,7 +8,7 @@ umask 022
 kind=${1:-}
 case $kind in
     run) lists=(runtime build) extra="" ;;
-    test) lists=(runtime build test) extra="[dev]" ;;
+    test) lists=(runtime node build test) extra="[dev]" ;;
     *) echo "usage: scripts/setup.sh run|test" >&2 && exit 2 ;;
 esac
 python=${PYTHON:-/usr/bin/python3}
@@ -103,3 +103,5 @@ if [[ $(cat "$(stamp $kind)" 2>/dev/null) != "$want" ]]; then
     [[ $kind == run ]] || printf '%s\n' "$want" >"$(stamp test)"
     printf '%s\n' "$want" >"$(stamp run)"
 fi
+
+[[ $kind == run ]] || scripts/kube.sh

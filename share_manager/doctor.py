@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -30,12 +31,15 @@ _PROGRAM_PACKAGES = {
     "resize2fs": "needed to grow volumes",
 }
 _OPTIONAL_PROGRAMS = {
+    "cryptsetup": "needed for encrypted volumes only",
+    "dmsetup": "needed for encrypted volumes only",
     "mkfs.xfs": "needed for --fs xfs only",
     "xfs_growfs": "needed for --fs xfs only",
+    "setpriv": "needed for shares of several nodes only",
     "mount.nfs": "needed on machines that mount shares",
     "fio": "needed for `share-manager bench` only",
 }
-_EXTRA_PACKAGES = {"mount.nfs": "nfs-common", "fio": "fio"}
+_EXTRA_PACKAGES = {"fio": "fio"}
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,6 +119,19 @@ def check_filesystem(name: str, known: set[str], why: str, make: Callable[[str, 
     if has_module(name):
         return passed(f"kernel: {name}", f"{why} (module, loaded at first use)")
     return make(f"kernel: {name}", f"this kernel has no {name}: {why}", f"use a kernel with it, or modprobe {name}")
+
+
+def check_dm_crypt() -> Check:
+    name, why = "kernel: dm-crypt", "needed for encrypted volumes only"
+    # it has no place of its own in /proc or /sys before it is used
+    with contextlib.suppress(MissingProgramError):
+        argv = [find_program("dmsetup"), "target-version", "crypt"]
+        done = subprocess.run(argv, capture_output=True, text=True, env=environment(), check=False)
+        if done.returncode == 0 and done.stdout.startswith("crypt"):
+            return passed(name, why)
+    if has_module("dm-crypt"):
+        return passed(name, f"{why} (module, loaded at first use)")
+    return warning(name, f"this kernel has none: {why}", "use a kernel with it, or modprobe dm-crypt")
 
 
 def check_program(name: str, why: str, make: Callable[[str, str, str], Check]) -> Check:
@@ -198,6 +215,7 @@ def examine(data_dir: Path, address: str, port: int) -> list[Check]:
         check_device("/dev/loop-control", "kernel: loop", "loop"),
         check_filesystem("ext4", known, "the default filesystem of volumes", failed),
         check_filesystem("xfs", known, "needed for --fs xfs only", warning),
+        check_dm_crypt(),
         check_filesystem("nfs4", known, "needed only to mount shares on this machine", warning),
         *(check_program(name, why, failed) for name, why in _PROGRAM_PACKAGES.items()),
         *(check_program(name, why, warning) for name, why in _OPTIONAL_PROGRAMS.items()),

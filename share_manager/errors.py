@@ -17,28 +17,39 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
+from engine.client import EngineOperationError
 from engine.errors import (
     EngineError,
     FencedError,
     NoReplicaError,
     RecordConflictError,
     RecordMissingError,
+    SnapshotNotFoundError,
     StoreError,
 )
 
 PACKAGES = {
     "blkid": "util-linux",
     "chattr": "e2fsprogs",
+    "cryptsetup": "cryptsetup-bin",
     "dbus-daemon": "dbus-daemon",
+    "dmsetup": "dmsetup",
     "e2fsck": "e2fsprogs",
     "ganesha.nfsd": "nfs-ganesha nfs-ganesha-vfs",
+    "ip": "iproute2",
     "losetup": "mount",
     "mkfs.ext4": "e2fsprogs",
     "mkfs.xfs": "xfsprogs",
     "mount": "mount",
+    "mount.nfs": "nfs-common",
+    "nsenter": "util-linux",
+    "setpriv": "util-linux",
+    "fstrim": "util-linux",
     "resize2fs": "e2fsprogs",
     "sync": "coreutils",
+    "tune2fs": "e2fsprogs",
     "umount": "mount",
+    "xfs_admin": "xfsprogs",
     "xfs_growfs": "xfsprogs",
     "xfs_repair": "xfsprogs",
 }
@@ -66,6 +77,28 @@ class InvalidValueError(UsageError):
 
     def __str__(self) -> str:
         return f"{self.what} {self.value!r}: {self.reason}"
+
+
+class PassphraseError(UsageError):
+    """What should hold a passphrase does not. `where` is a file, a key in it, or stdin."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(where, reason)
+        self.where = where
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"no passphrase in {self.where}: {self.reason}"
+
+
+class HeaderBackupError(UsageError):
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"header backup {self.path}: {self.reason}"
 
 
 class EnvironmentProblem(ShareManagerError):  # noqa: N818 - "EnvironmentError" is a builtin's old name
@@ -104,6 +137,14 @@ class KernelFeatureError(EnvironmentProblem):
         return f"{self.feature}: {self.remedy}"
 
 
+class KeyslotMemoryError(EnvironmentProblem):
+    def __str__(self) -> str:
+        return (
+            "there is not enough memory to derive the key from the passphrase: give this machine or container more, or "
+            "make new encrypted volumes with less (--luks-pbkdf-memory)"
+        )
+
+
 class HandleError(EnvironmentProblem):
     """File handles would carry a device number, which changes with the machine, instead of the filesystem's UUID."""
 
@@ -120,6 +161,27 @@ class HandleError(EnvironmentProblem):
 
 class RuntimeProblem(ShareManagerError):  # noqa: N818 - beside EnvironmentProblem
     """It was worth trying, and failed."""
+
+
+class RemoteProblem(RuntimeProblem):
+    """What a running share said when it was asked for something; it says with which status to end."""
+
+    def __init__(self, message: str, exit_status: int) -> None:
+        super().__init__(message, exit_status)
+        self.message = message
+        self.exit_status = exit_status  # type: ignore[misc]
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class InterruptedProblem(RuntimeProblem):
+    """A signal ended it, in order."""
+
+    exit_status = 130
+
+    def __str__(self) -> str:
+        return "interrupted"
 
 
 class CommandError(RuntimeProblem):
@@ -170,6 +232,18 @@ class ProcessDiedError(RuntimeProblem):
         return f"{self.name} {how}{reason}{log}"
 
 
+class ReplicaProcessError(RuntimeProblem):
+    """A replica's server cannot be started."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"replica {self.name} cannot be started: {self.reason}"
+
+
 class GaveUpError(RuntimeProblem):
     def __init__(self, attempts: int, last: str) -> None:
         super().__init__(attempts, last)
@@ -190,6 +264,17 @@ class FilesystemError(RuntimeProblem):
 
     def __str__(self) -> str:
         return f"filesystem on {self.device}: {self.reason}"
+
+
+class NetworkError(RuntimeProblem):
+    """The share's network could not be set up or changed."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 class LeftoverError(RuntimeProblem):
@@ -230,6 +315,15 @@ class AddressError(ConflictError):
         return f"cannot listen on {self.address}:{self.port}: {self.reason}: choose another address with --bind"
 
 
+class VolumeExistsError(ConflictError):
+    def __init__(self, volume: str) -> None:
+        super().__init__(volume)
+        self.volume = volume
+
+    def __str__(self) -> str:
+        return f"there is a volume {self.volume} already: choose another name"
+
+
 class VolumeBusyError(ConflictError):
     def __init__(self, volume: str, pid: int | None, wanted: str) -> None:
         super().__init__(volume, pid, wanted)
@@ -240,6 +334,83 @@ class VolumeBusyError(ConflictError):
     def __str__(self) -> str:
         by = f" by process {self.pid}" if self.pid else ""
         return f"volume {self.volume} is in use{by}: stop it with `share-manager stop {self.volume}` {self.wanted}"
+
+
+class ReplicaStateError(ConflictError):
+    """What was asked for does not go with the state that the replica is in."""
+
+    def __init__(self, volume: str, name: str, problem: str) -> None:
+        super().__init__(volume, name, problem)
+        self.volume = volume
+        self.name = name
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"replica {self.name} of volume {self.volume} {self.problem}"
+
+
+class VolumeNotServedError(ConflictError):
+    def __init__(self, volume: str) -> None:
+        super().__init__(volume)
+        self.volume = volume
+
+    def __str__(self) -> str:
+        return f"volume {self.volume} is not served at present: `share-manager serve {self.volume}` first"
+
+
+class ServedElsewhereError(ConflictError):
+    def __init__(self, volume: str, node: str) -> None:
+        super().__init__(volume, node)
+        self.volume = volume
+        self.node = node
+
+    def __str__(self) -> str:
+        return (
+            f"volume {self.volume} is served on node {self.node}: move it with `share-manager move {self.volume}`, or "
+            "stand by with --standby"
+        )
+
+
+class MoveFailedError(RuntimeProblem):
+    def __init__(self, volume: str, node: str, reason: str) -> None:
+        super().__init__(volume, node, reason)
+        self.volume = volume
+        self.node = node
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"volume {self.volume} did not move to node {self.node}: {self.reason}"
+
+
+class NotReadyError(ConflictError):
+    """A running share cannot do it at this moment."""
+
+    def __init__(self, volume: str, state: str) -> None:
+        super().__init__(volume, state)
+        self.volume = volume
+        self.state = state
+
+    def __str__(self) -> str:
+        return f"volume {self.volume} is {self.state} at present: ask again later"
+
+
+class CannotUpgradeError(ConflictError):
+    def __init__(self, volume: str, frontend: str) -> None:
+        super().__init__(volume, frontend)
+        self.volume = volume
+        self.frontend = frontend
+
+    def __str__(self) -> str:
+        what = (
+            "the pyfuse3 frontend cannot hand an open file over"
+            if self.frontend == "pyfuse3"
+            else "this kernel cannot hand an open file over (Linux 6.9 or later can)"
+        )
+        return (
+            f"the engine of volume {self.volume} cannot be replaced in place: {what}. For a share, --reattach replaces "
+            "engine, mount and server at once, and clients wait some seconds; a volume that is attached has to be "
+            "stopped and attached again"
+        )
 
 
 class SizeMismatchError(ConflictError):
@@ -280,6 +451,68 @@ class FilesystemKindError(ConflictError):
         return f"the volume has {self.found}, not {self.wanted}: leave --fs out or write --fs {self.found}"
 
 
+class WrongPassphraseError(ConflictError):
+    def __str__(self) -> str:
+        return "the passphrase does not open the volume: is it this volume's, and the present one? Nothing was changed"
+
+
+class KeyMissingError(ConflictError):
+    def __init__(self, volume: str) -> None:
+        super().__init__(volume)
+        self.volume = volume
+
+    def __str__(self) -> str:
+        return f"volume {self.volume} is encrypted: give its passphrase with --passphrase-file FILE, or - for stdin"
+
+
+class NotEncryptedError(ConflictError):
+    """Encryption was asked of a volume that is in use without."""
+
+    def __init__(self, volume: str) -> None:
+        super().__init__(volume)
+        self.volume = volume
+
+    def __str__(self) -> str:
+        return (
+            f"volume {self.volume} is not encrypted, and nothing was changed: leave --passphrase-file and --encrypt "
+            "out, or copy its files into a new volume that is made with --encrypt"
+        )
+
+
+class HeaderLostError(ConflictError):
+    """Without it nobody can read the volume any more."""
+
+    def __init__(self, volume: str) -> None:
+        super().__init__(volume)
+        self.volume = volume
+
+    def __str__(self) -> str:
+        return (
+            f"volume {self.volume} is encrypted and its LUKS header is damaged: put a backup back with `share-manager "
+            f"volume luks-header restore {self.volume} FILE`, or go back to a snapshot. Nothing was changed"
+        )
+
+
+class EncryptedSnapshotError(ConflictError):
+    def __str__(self) -> str:
+        return (
+            "the snapshot is of an encrypted volume, whose files it does not show: make a clone of it with "
+            "`share-manager volume clone` and serve that with the passphrase"
+        )
+
+
+class DiscardsOffError(ConflictError):
+    def __init__(self, volume: str) -> None:
+        super().__init__(volume)
+        self.volume = volume
+
+    def __str__(self) -> str:
+        return (
+            f"volume {self.volume} is encrypted and served without --allow-discards, which would show on the replicas "
+            "what is in use: serve it with that to give space back"
+        )
+
+
 class ForeignContentError(ConflictError):
     """The device holds something that nobody here wrote."""
 
@@ -305,6 +538,20 @@ class VolumeNotFoundError(RuntimeProblem):
         return f"there is no volume {self.volume} in {self.data_dir}: `share-manager volume list` shows what there is"
 
 
+class PathNotFoundError(RuntimeProblem):
+    """Something that was named within a snapshot, or where it should go."""
+
+    exit_status = 5
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
 class StorageError(RuntimeProblem):
     exit_status = 6
 
@@ -323,6 +570,7 @@ class DiskError(StorageError):
             errno.EDQUOT: "raise the quota or choose another --data-dir",
             errno.EROFS: "choose a --data-dir that can be written to",
             errno.EFBIG: "the filesystem there takes no file that large: choose a smaller --size or another --data-dir",
+            errno.EXDEV: "only a rename is safe: move it onto the filesystem of the --data-dir first",
             errno.EACCES: "check the permissions or choose another --data-dir",
         }
         remedy = remedies.get(self.error.errno or 0)
@@ -341,6 +589,16 @@ class NoReplicaAvailableError(StorageError):
         return self.reason or f"volume {self.volume}: no in-sync replica answers"
 
 
+class SalvageRefusedError(StorageError):
+    def __init__(self, volume: str, reason: str) -> None:
+        super().__init__(volume, reason)
+        self.volume = volume
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"volume {self.volume} is left as it is: {self.reason}"
+
+
 class FencedOffError(ConflictError):
     """Another attachment has taken the volume."""
 
@@ -354,11 +612,28 @@ class FencedOffError(ConflictError):
         return f"volume {self.volume} has been attached elsewhere with a higher epoch{detail}: this share has ended"
 
 
+# by the class of the engine's error
+_OPERATION_STATUS = {
+    "BusyError": 4,
+    "InUseError": 4,
+    "LastReplicaError": 4,
+    "NoSuchSnapshotError": 5,
+    "NotEqualError": 4,
+    "ReplicaNameError": 2,
+    "ResizeError": 6,
+    "SnapshotReadError": 4,
+    "SnapshotTakenError": 4,
+    "TooManySnapshotsError": 4,
+}
+
+
 def exit_status_of(error: BaseException) -> int:
     """Exit status for any error that may reach the end of the program."""
     if isinstance(error, ShareManagerError):
         return error.exit_status
-    if isinstance(error, RecordMissingError):
+    if isinstance(error, EngineOperationError):
+        return _OPERATION_STATUS.get(error.kind, 1)
+    if isinstance(error, (RecordMissingError, SnapshotNotFoundError)):
         return 5
     if isinstance(error, (FencedError, RecordConflictError)):
         return 4

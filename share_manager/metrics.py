@@ -14,6 +14,9 @@ the share is exported and 503 otherwise; both with one line of text. All familie
     share_manager_replica_in_sync{replica}                    gauge, 0 or 1
     share_manager_replica_resync_done_bytes{replica}          gauge, while one is resynchronised
     share_manager_replica_resync_total_bytes{replica}         gauge, the same
+    share_manager_replica_damaged_total{replica}              counter, per engine process: ranges that its disk lost
+    share_manager_replica_repaired_total{replica}             counter, those that were put right
+    share_manager_replica_scrub_time_seconds{replica}         gauge, end of its last scrub, since 1970
     share_manager_engine_operations_total{operation}          counter, per engine process: read, write, flush, unmap
     share_manager_engine_errors_total{operation}              counter
     share_manager_engine_bytes_total{operation}               counter
@@ -130,12 +133,20 @@ class ShareCollector(Collector):
         total = GaugeMetricFamily(
             "share_manager_replica_resync_total_bytes", "To be resynchronised.", labels=["volume", "replica"]
         )
+        labels = ["volume", "replica"]
+        damaged = CounterMetricFamily("share_manager_replica_damaged", "Ranges that its disk lost.", labels=labels)
+        repaired = CounterMetricFamily("share_manager_replica_repaired", "Those that were put right.", labels=labels)
+        scrubbed = GaugeMetricFamily("share_manager_replica_scrub_time_seconds", "Last scrub.", labels=labels)
         for replica in self._status.replicas:
+            damaged.add_metric([volume, replica.name], replica.damaged)
+            repaired.add_metric([volume, replica.name], replica.repaired)
+            if replica.scrubbed_at:
+                scrubbed.add_metric([volume, replica.name], replica.scrubbed_at)
             in_sync.add_metric([volume, replica.name], float(replica.state == "in_sync"))
             if replica.state == "resyncing":
                 done.add_metric([volume, replica.name], replica.resync_done)
                 total.add_metric([volume, replica.name], replica.resync_total)
-        yield from (in_sync, done, total)
+        yield from (in_sync, done, total, damaged, repaired, scrubbed)
 
     def _engine(self) -> Iterator[Metric]:
         status = self._status

@@ -38,6 +38,21 @@ class VolumePaths:
         return self.directory / "formatting"
 
     @property
+    def encryption(self) -> Path:
+        """Exists for a volume that has a LUKS header, or is just being given one."""
+        return self.directory / "encryption.json"
+
+    @property
+    def drop_recovery(self) -> Path:
+        """While it exists the clients' records on the volume are those of another past: the next serve drops them."""
+        return self.directory / "drop-recovery"
+
+    @property
+    def inherited_uuids(self) -> Path:
+        """While it exists the filesystem may still have another volume's UUID: one of those in it, one a line."""
+        return self.directory / "inherited-uuids"
+
+    @property
     def log(self) -> Path:
         return self.directory / "log"
 
@@ -68,6 +83,11 @@ class VolumePaths:
     @property
     def mountpoint(self) -> Path:
         return self.run / "mnt"
+
+    @property
+    def browsing(self) -> Path:
+        """A directory for each snapshot that is being looked at, by whom."""
+        return self.run / "snapshots"
 
     @property
     def ganesha(self) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 
+from engine.address import Address, AddressError
 from share_manager.errors import InvalidValueError
 
 BLOCK = 4096
@@ -17,6 +18,8 @@ _UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
 _SIZE = re.compile(r"(\d{1,18})(Ki|Mi|Gi|Ti)?")
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _OWNER = re.compile(r"(\d{1,10}):(\d{1,10})")
+_REPLICA = re.compile(r"[a-z]([a-z0-9-]{0,8}[a-z0-9])?")
+_PROCESSES = ("engine", "ganesha")
 _MODE = re.compile(r"[0-7]{3,4}")
 MAX_ID = (1 << 32) - 2
 
@@ -34,11 +37,15 @@ def parse_size(text: str, what: str = "size") -> int:
     return size
 
 
-def check_size(size: int, filesystem: str, what: str = "size") -> int:
-    """`size` when `filesystem` ("none" for a bare block file) fits in it. Raises InvalidValueError."""
-    least = MIN_SIZE[filesystem]
+def check_size(size: int, filesystem: str, what: str = "size", *, header: int = 0) -> int:
+    """`size` when `filesystem` ("none" for a bare block file) fits in it, behind `header` bytes of an encrypted one.
+
+    Raises InvalidValueError.
+    """
+    least = MIN_SIZE[filesystem] + header
     if size < least:
-        need = "a volume" if filesystem == "none" else f"a volume with {filesystem}"
+        kind = "an encrypted volume" if header else "a volume"
+        need = kind if filesystem == "none" else f"{kind} with {filesystem}"
         raise InvalidValueError(what, format_size(size), f"{need} has at least {format_size(least)}")
     return size
 
@@ -49,6 +56,24 @@ def format_size(size: int) -> str:
         if size >= factor and size % factor == 0:
             return f"{size // factor}{unit}"
     return str(size)
+
+
+def format_rate(amount: float) -> str:
+    """Bytes a second."""
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.0f} {unit}/s" if unit == "B" else f"{amount:.1f} {unit}/s"
+        amount /= 1024
+    return f"{amount:.1f} GiB/s"
+
+
+def format_left(seconds: float | None) -> str:
+    """Behind a rate: how long something still takes; nothing when that is not known."""
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f", {hours}:{minutes:02}:{rest:02} left" if hours else f", {minutes}:{rest:02} left"
 
 
 def check_replicas(count: int | None) -> None:
@@ -63,6 +88,13 @@ def parse_name(text: str) -> str:
         raise InvalidValueError(
             "volume name", text, "use 1 to 63 of a-z, 0-9 and '-', beginning and ending with a letter or digit"
         )
+    return text
+
+
+def parse_replica(text: str) -> str:
+    """Name of a replica, short enough for its socket. Raises InvalidValueError."""
+    if not _REPLICA.fullmatch(text) or text in _PROCESSES:
+        raise InvalidValueError("replica", text, "up to 10 of a-z, 0-9 and '-', a letter first, and no process's name")
     return text
 
 
@@ -81,7 +113,7 @@ def parse_mode(text: str) -> int:
     return int(text, 8)
 
 
-def parse_network(text: str) -> str:
+def parse_network(text: str, option: str = "--allow") -> str:
     """An address or a network in CIDR notation, in its normal form. Raises InvalidValueError."""
     try:
         network = ipaddress.ip_network(text, strict=True)
@@ -89,9 +121,19 @@ def parse_network(text: str) -> str:
         try:
             meant = ipaddress.ip_network(text, strict=False)
         except ValueError:
-            raise InvalidValueError("--allow", text, "write a network such as 10.0.0.0/8 or fd00::/8") from error
-        raise InvalidValueError("--allow", text, f"it has host bits set; did you mean {meant}?") from error
+            raise InvalidValueError(option, text, "write a network such as 10.0.0.0/8 or fd00::/8") from error
+        raise InvalidValueError(option, text, f"it has host bits set; did you mean {meant}?") from error
     return str(network)
+
+
+def parse_interface(text: str) -> str:
+    """An address with its prefix length. Raises InvalidValueError."""
+    try:
+        if "/" in text:
+            return str(ipaddress.ip_interface(text))
+    except ValueError:
+        pass
+    raise InvalidValueError("--address", text, "write an address and its prefix length, such as 10.0.0.5/24")
 
 
 def parse_address(text: str) -> str:
@@ -102,6 +144,27 @@ def parse_address(text: str) -> str:
         raise InvalidValueError(
             "--bind", text, "write an IP address of this machine, such as 127.0.0.1 or 0.0.0.0 for all"
         ) from None
+
+
+def parse_records(text: str, what: str = "--records") -> str:
+    """`tcp:host:port` of HOST:PORT. Raises InvalidValueError."""
+    try:
+        return str(Address.parse(f"tcp:{text}"))
+    except AddressError as error:
+        raise InvalidValueError(what, text, f"write HOST:PORT, such as 192.0.2.1:7420 ({error.reason})") from None
+
+
+def parse_node(text: str, what: str = "--node") -> str:
+    """A DNS label. Raises InvalidValueError."""
+    if not _NAME.fullmatch(text):
+        raise InvalidValueError(what, text, "use 1 to 63 of a-z, 0-9 and '-'")
+    return text
+
+
+def parse_placed(text: str) -> tuple[str, str]:
+    """(node, address) of NODE=HOST:PORT. Raises InvalidValueError."""
+    node, _, address = text.partition("=")
+    return parse_node(node, "--replica"), parse_records(address, "--replica")
 
 
 def parse_port(port: int, what: str = "--port", least: int = 1) -> int:

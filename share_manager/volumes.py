@@ -9,19 +9,21 @@ import secrets
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from engine.durable import replace_file, sync_directory
-from engine.errors import FrontendError
+from engine.errors import EngineError, FrontendError, StoreError
 from engine.frontend.fuse_device import FuseDevice
 from engine.record import FileRecordStore, ReplicaRecord, VolumeRecord
-from engine.store import create_replica, inspect_replica, resize_replica
+from engine.store import IDENTITY, adopt_replica, create_replica, inspect_replica, read_identity, resize_replica
 from share_manager.errors import (
     DiskError,
     SizeMismatchError,
     UsageError,
     VolumeBusyError,
+    VolumeExistsError,
     VolumeMismatchError,
     VolumeNotFoundError,
 )
@@ -138,16 +140,59 @@ def lock_holder(paths: VolumePaths) -> int | None:
 
 
 def create_volume(paths: VolumePaths, *, size: int, replicas: int) -> VolumeRecord:
-    """Make a volume, wholly or not at all: it is built beside and renamed. The caller holds its lock.
+    """Make a volume, wholly or not at all. The caller holds its lock.
 
     Raises DiskError, StoreError, InvalidValueError.
     """
     check_replicas(replicas)
-    parent = paths.directory.parent
-    building = parent / f"{_BUILDING}{paths.volume}"
+    record = first_record(paths, str(uuid.uuid4()), size, [f"r{number}" for number in range(1, replicas + 1)])
+
+    def fill(directory: Path) -> None:
+        for name in record.in_sync:
+            create_replica(directory / name, volume=paths.volume, uuid=record.uuid, replica=name, size=size)
+
+    build_volume(paths, record, fill)
+    return record
+
+
+def import_volume(paths: VolumePaths, directory: Path) -> VolumeRecord:
+    """Make a volume of a replica directory of Longhorn's v1 engine, which moves below it as its only replica `r1`.
+
+    Cut off, it can be repeated. The caller holds the lock. Raises DiskError, StoreError, VolumeExistsError.
+    """
+    inside = paths.replica("r1")
+    try:
+        if paths.directory.exists():
+            record = read_record(paths)
+            if inside.exists() or read_identity(directory).uuid != record.uuid:
+                raise VolumeExistsError(paths.volume)
+        else:
+            identity = _adopt(directory, paths.volume)
+            record = first_record(paths, identity, inspect_replica(directory).size, ["r1"])
+            build_volume(paths, record, lambda _: None)
+        # the last step: whoever is cut off before it finds a volume without its replica, and does it then
+        directory.rename(inside)
+        sync_directory(inside.parent)
+        sync_directory(directory.parent)
+    except OSError as error:
+        raise DiskError(directory, error) from error
+    return record
+
+
+def _adopt(directory: Path, volume: str) -> str:
+    """The volume's uuid, in a directory that is adopted now or was by an attempt that was cut off."""
+    if (directory / IDENTITY).exists():
+        found = read_identity(directory)
+        if (found.volume, found.replica, found.epoch) == (volume, "r1", 0):
+            return found.uuid
     identity = str(uuid.uuid4())
-    names = [f"r{number}" for number in range(1, replicas + 1)]
-    record = VolumeRecord(
+    adopt_replica(directory, volume=volume, uuid=identity, replica="r1")
+    return identity
+
+
+def first_record(paths: VolumePaths, identity: str, size: int, names: list[str]) -> VolumeRecord:
+    """Of a volume that is about to be made, all of its replicas in sync."""
+    return VolumeRecord(
         volume=paths.volume,
         uuid=identity,
         size=size,
@@ -157,13 +202,28 @@ def create_volume(paths: VolumePaths, *, size: int, replicas: int) -> VolumeReco
         ),
         in_sync=tuple(names),
     )
+
+
+def build_volume(
+    paths: VolumePaths,
+    record: VolumeRecord,
+    fill: Callable[[Path], None],
+    files: Mapping[str, bytes] = MappingProxyType({}),
+) -> None:
+    """Build the volume's directory beside and rename it; `fill` makes the replicas, `files` are beside the record.
+
+    Raises DiskError, StoreError.
+    """
+    parent = paths.directory.parent
+    building = parent / f"{_BUILDING}{paths.volume}"
     try:
         _remove_unfinished(paths)
         building.mkdir(mode=0o700)
         (building / "replicas").mkdir(mode=0o700)
         (building / "log").mkdir(mode=0o700)
-        for name in names:
-            create_replica(building / "replicas" / name, volume=paths.volume, uuid=identity, replica=name, size=size)
+        fill(building / "replicas")
+        for name, content in files.items():
+            replace_file(building / name, content, mode=0o600)
         replace_file(building / "secret", secrets.token_hex(32).encode() + b"\n", mode=0o600)
         FileRecordStore(building / "record.json").create(record)
         sync_directory(building)
@@ -175,7 +235,6 @@ def create_volume(paths: VolumePaths, *, size: int, replicas: int) -> VolumeReco
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
-    return record
 
 
 def _remove_unfinished(paths: VolumePaths) -> None:
@@ -184,12 +243,24 @@ def _remove_unfinished(paths: VolumePaths) -> None:
         shutil.rmtree(paths.directory.parent / f"{prefix}{paths.volume}", ignore_errors=True)
 
 
+def sweep_unfinished(data_dir: Path) -> None:
+    """What killed commands left of any volume: a clone that was never finished keeps its source's data from going."""
+    with contextlib.suppress(OSError):
+        for entry in sorted(os.listdir(data_dir / "volumes")):
+            for prefix in (_BUILDING, _DELETING):
+                volume = entry.removeprefix(prefix)
+                if volume != entry and lock_holder(VolumePaths(data_dir, volume)) is None:
+                    with contextlib.suppress(VolumeBusyError), volume_lock(VolumePaths(data_dir, volume), "first"):
+                        shutil.rmtree(data_dir / "volumes" / entry, ignore_errors=True)
+
+
 def open_volume(paths: VolumePaths, *, size: int | None, replicas: int | None) -> VolumeRecord:
     """The record of a volume that exists and is what was asked for.
 
     Raises RecordError, SizeMismatchError, VolumeMismatchError.
     """
     _remove_unfinished(paths)
+    sweep_unfinished(paths.data_dir)
     record = read_record(paths)
     if size is not None and size != record.size:
         raise SizeMismatchError(record.volume, format_size(record.size), format_size(size))
@@ -200,13 +271,21 @@ def open_volume(paths: VolumePaths, *, size: int | None, replicas: int | None) -
     return readdress(paths, record)
 
 
+def replica_directory(paths: VolumePaths, replica: ReplicaRecord) -> Path:
+    """Where a replica is: below the volume's directory, which may have been moved, or elsewhere, where it stays."""
+    recorded = Path(replica.directory)
+    if recorded.parts[-4:] == paths.replica(replica.name).parts[-4:]:
+        return paths.replica(replica.name)
+    return recorded
+
+
 def readdress(paths: VolumePaths, record: VolumeRecord) -> VolumeRecord:
     """The record with today's sockets and directories: the data directory may have been moved or mounted elsewhere."""
     here = tuple(
         ReplicaRecord(
             name=replica.name,
             address=f"unix:{paths.replica_socket(replica.name)}",
-            directory=str(paths.replica(replica.name)),
+            directory=str(replica_directory(paths, replica)),
         )
         for replica in record.replicas
     )
@@ -217,6 +296,15 @@ def readdress(paths: VolumePaths, record: VolumeRecord) -> VolumeRecord:
     return moved
 
 
+def refuse_to_shrink(record: VolumeRecord, size: int) -> None:
+    """Raises UsageError."""
+    if size < record.size:
+        raise UsageError(
+            f"volume {record.volume} has {format_size(record.size)}: a volume can only grow, not shrink to "
+            f"{format_size(size)}"
+        )
+
+
 def resize_volume(paths: VolumePaths, size: int) -> VolumeRecord:
     """Grow a volume that nobody uses: replicas first, then the record, so that a crash between leaves a volume that
     works at its old size and takes the same command again. The caller holds its lock.
@@ -224,14 +312,12 @@ def resize_volume(paths: VolumePaths, size: int) -> VolumeRecord:
     Raises UsageError, DiskError, RecordError, StoreError.
     """
     record = read_record(paths)
-    if size < record.size:
-        raise UsageError(
-            f"volume {record.volume} has {format_size(record.size)}: a volume can only grow, not shrink to "
-            f"{format_size(size)}"
-        )
+    refuse_to_shrink(record, size)
     record = readdress(paths, record)
     try:
         for replica in record.replicas:
+            if replica.name not in record.in_sync:
+                continue  # grown when it comes back, if it ever does
             if inspect_replica(Path(replica.directory)).size < size:
                 resize_replica(Path(replica.directory), size)
     except OSError as error:
@@ -244,15 +330,40 @@ def resize_volume(paths: VolumePaths, size: int) -> VolumeRecord:
 
 
 def delete_volume(paths: VolumePaths) -> None:
-    """Gone at once under its name, then removed. The caller holds its lock. Raises DiskError."""
+    """Gone at once under its name, then removed, with replicas that are elsewhere. The caller holds its lock.
+
+    Raises DiskError.
+    """
     doomed = paths.directory.parent / f"{_DELETING}{paths.volume}"
     try:
+        with contextlib.suppress(EngineError):
+            record = read_record(paths)
+            for replica in record.replicas:
+                directory = replica_directory(paths, replica)
+                if not directory.is_relative_to(paths.directory):
+                    delete_replica(directory, record.uuid)
         shutil.rmtree(doomed, ignore_errors=True)
         paths.directory.rename(doomed)
         sync_directory(doomed.parent)
         shutil.rmtree(doomed)
     except OSError as error:
         raise DiskError(paths.directory, error) from error
+
+
+def delete_replica(directory: Path, uuid: str) -> bool:
+    """Delete a replica's directory if it is one of this volume; False when it is not there. Raises OSError, StoreError.
+
+    Its identity goes last, so that what an interruption leaves is still known.
+    """
+    if not directory.is_dir() or not os.listdir(directory):
+        return False
+    found = read_identity(directory)
+    if found.uuid != uuid:
+        raise StoreError(directory, "it belongs to another volume")
+    for name in sorted(os.listdir(directory), key=lambda name: name == IDENTITY):
+        (directory / name).unlink()
+    directory.rmdir()
+    return True
 
 
 def allocated_bytes(directory: Path) -> int:

@@ -9,12 +9,16 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from types import FrameType
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+from share_manager.kube.client import Client
 from tests.lab import leftovers
+from tests.lab.control_plane import ControlPlane
 from tests.lab.guest import Guest
 from tests.lab.mounts import drop
 from tests.lab.network import Lab
@@ -34,6 +38,10 @@ PROGRAMS = {
     "losetup": "mount",
 }
 
+# how long an example takes says how busy the machine is
+settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared machine")
+
 STALLS = pytest.StashKey[Stalls]()
 STARTED = time.monotonic()
 
@@ -42,6 +50,32 @@ Progress = Callable[[str], None]
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[STALLS] = Stalls()
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Workers(config.stash[STALLS]))
+
+
+class _Workers:
+    """Collects what the workers saw."""
+
+    def __init__(self, stalls: Stalls) -> None:
+        self._stalls = stalls
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        for kind, values in getattr(node, "workeroutput", {}).get("stalls", {}).items():
+            for seconds in values:
+                self._stalls.add(kind, seconds)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["stalls"] = session.config.stash[STALLS].seen
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # with two workers: what takes longest first, or one of them would end with it alone
+    items.sort(key=lambda item: "lab" not in getattr(item, "fixturenames", ()))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -78,10 +112,7 @@ def lab(progress: Progress) -> Iterator[Lab]:
     }
     if missing:
         pytest.fail(f"system tests need {', '.join(sorted(missing))}")
-    for directory in leftovers.abandoned():
-        progress(f"lab: removing {directory}, whose session was killed")
-        leftovers.remove(directory, leftovers.mark_of(directory))
-        shutil.rmtree(directory, ignore_errors=True)
+    leftovers.remove_abandoned(progress)
     before = signal.signal(signal.SIGTERM, _interrupt)
     lab = Lab()
     try:
@@ -97,6 +128,26 @@ def lab(progress: Progress) -> Iterator[Lab]:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt(f"signal {number}")
+
+
+@pytest.fixture(scope="session")
+def control_plane() -> Iterator[ControlPlane]:
+    """A real Kubernetes API server, with our custom resources, for the whole session."""
+    with ControlPlane() as plane:
+        yield plane
+
+
+@pytest.fixture
+def kube_namespace(control_plane: ControlPlane) -> str:
+    """A namespace that no other test uses. It is left as it is: all goes with the control plane."""
+    return control_plane.new_namespace()
+
+
+@pytest.fixture
+async def kube(control_plane: ControlPlane, kube_namespace: str) -> AsyncIterator[Client]:
+    """The administrator's client, in a namespace of its own."""
+    async with Client(control_plane.admin, namespace=kube_namespace) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import socket
 from collections import deque
+from collections.abc import Callable
 from itertools import islice
 
 import trio
 
 from engine.address import Address
+from engine.buffers import BufferPool
 from engine.errors import EngineError, FencedError, ProtocolError, VersionError
 from engine.wire import handshake, messages
-from engine.wire.frame import REPLY, Frame, FrameReader, FrameType, Status, encode_frame
+from engine.wire.frame import MAX_PAYLOAD, REPLY, Frame, FrameReader, FrameType, Status, encode_frame
 
 CALL = 1 << 63
 _IOV = 512
 _SOCKET_BUFFER = 4 << 20
+# of all connections of the process
+_BUFFERS = BufferPool(MAX_PAYLOAD)
 
 
 class ReplicaRefusedError(EngineError):
@@ -49,6 +53,10 @@ class ReplicaUnreachableError(EngineError):
         return f"replica {self.replica} cannot be reached: {self.reason}"
 
 
+def _nothing() -> None:
+    pass
+
+
 class _Call:
     __slots__ = ("answer", "done")
 
@@ -58,16 +66,21 @@ class _Call:
 
 
 class ReplicaConnection:
-    """One authenticated connection. `bit` is the replica's place in the core's masks."""
+    """One authenticated connection. `bit` is the replica's place in the core's masks, `origin` what it is linked to."""
 
     def __init__(self, name: str, bit: int, sock: socket.socket) -> None:
         self.name = name
         self.bit = bit
         self.sock = sock
-        self.reader = FrameReader()
+        self.reader = FrameReader(bulk=_BUFFERS)
         self.instance = ""
+        self.version = 0
+        # what it is opened with
+        self.token = (0, 0)
+        self.origin = ""
         self.closed = False
         self.scope = trio.CancelScope()
+        self.before_close: Callable[[], None] = _nothing
         self._queue: deque[bytes | memoryview] = deque()
         self._blocked = trio.Event()
         self._calls: dict[int, _Call] = {}
@@ -113,6 +126,7 @@ class ReplicaConnection:
         if answer.replica != self.name:
             raise ProtocolError(f"replica {answer.replica!r} answers at the address of {self.name!r}")
         self.instance = answer.instance
+        self.version = reply.version
 
     async def _exchange(self, kind: FrameType, payload: bytes) -> bytes:
         tsock = trio.socket.from_stdlib_socket(self.sock)
@@ -134,12 +148,22 @@ class ReplicaConnection:
 
     # data
 
-    def queue(self, *pieces: bytes) -> None:
-        self._queue.extend(pieces)
+    def queue(self, piece: bytes | memoryview) -> None:
+        self._queue.append(piece)
 
     def pump(self) -> None:
         """Send what is queued as far as the socket takes it. Raises OSError."""
         queue = self._queue
+        if len(queue) == 1:
+            try:
+                sent = self.sock.send(queue[0])
+            except BlockingIOError:
+                self._blocked.set()
+                return
+            if sent == len(queue[0]):
+                queue.clear()
+                return
+            queue[0] = memoryview(queue[0])[sent:]
         while queue:
             pieces = list(islice(queue, _IOV))
             try:
@@ -160,17 +184,11 @@ class ReplicaConnection:
         while True:
             await self._blocked.wait()
             self._blocked = trio.Event()
-            if self.closed:
-                return
             await trio.lowlevel.wait_writable(self.sock)
             self.pump()
 
-    async def receive(self) -> list[Frame]:
-        """Whole frames, at least one wake-up's worth. Raises OSError, ProtocolError, ReplicaUnreachableError."""
-        if self.closed:
-            # by what was done with the frames before: a closed socket cannot be waited for
-            raise ReplicaUnreachableError(self.name, "the connection was closed")
-        await trio.lowlevel.wait_readable(self.sock)
+    def receive(self) -> list[Frame]:
+        """Whole frames of what has arrived. Raises OSError, ProtocolError, ReplicaUnreachableError."""
         try:
             count = self.sock.recv_into(self.reader.space())
         except BlockingIOError:
@@ -183,14 +201,24 @@ class ReplicaConnection:
     # control calls
 
     async def call(
-        self, kind: FrameType, message: messages.Message | None = None, *, offset: int = 0, length: int = 0
+        self,
+        kind: FrameType,
+        message: messages.Message | None = None,
+        *,
+        body: bytes = b"",
+        offset: int = 0,
+        length: int = 0,
     ) -> Frame:
-        """One control request and its answer. Needs somebody who delivers frames; raises on an error status."""
+        """One control request, with a message or a body, and its answer; raises on an error status.
+
+        Needs somebody who delivers frames.
+        """
         self._next_call += 1
         seq = self._next_call
         call = self._calls[seq] = _Call()
         try:
-            body = b"" if message is None else messages.encode(message)
+            if message is not None:
+                body = messages.encode(message)
             self.queue(encode_frame(kind, seq, body, offset=offset, length=length))
             try:
                 self.pump()
@@ -203,13 +231,17 @@ class ReplicaConnection:
             raise ReplicaUnreachableError(self.name, f"the connection ended during {kind.name}")
         status, body = call.answer[1], call.answer[5]
         if status == Status.STALE_EPOCH:
-            raise self.fenced((0, 0), body)
+            raise self.fenced(body)
         if status != Status.OK:
             raise ReplicaRefusedError(self.name, kind, status, body)
         return call.answer
 
-    def fenced(self, ours: tuple[int, int], body: bytes) -> FencedError:
-        return FencedError(ours, messages.decode_token(body), f"replica {self.name}")
+    def fenced(self, body: bytes) -> FencedError:
+        """What a STALE_EPOCH says. Raises ProtocolError for one that names no higher token than ours."""
+        highest = messages.decode_token(body)
+        if highest <= self.token:
+            raise ProtocolError(f"replica {self.name} calls {self.token} stale and has seen {highest}")
+        return FencedError(self.token, highest, f"replica {self.name}")
 
     def deliver(self, frame: Frame) -> None:
         """Hand an answer to the control call that waits for it."""
@@ -223,6 +255,7 @@ class ReplicaConnection:
         if self.closed:
             return
         self.closed = True
+        self.before_close()
         self.scope.cancel()
         trio.lowlevel.notify_closing(self.sock)
         self.sock.close()

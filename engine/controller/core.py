@@ -16,6 +16,10 @@ Promises, which tests/engine/controller replay at every interruption:
 6. A returning replica answers no read, and counts for no acknowledgement in the record, before everything it missed
    was copied and flushed to its disk.
 7. `settled` bounds only writes that were complete everywhere before a flush that then succeeded everywhere.
+8. While held and `quiet`, every replica that is written to has applied the same requests, and none is under way.
+9. A flush that is answered without asking is one that nothing was written since, at any replica, to the last that was.
+10. What one replica cannot read, or denies by its checksums, is read from another and written anew on the first; only
+   what no in-sync replica can read is answered with EIO.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from typing import Any, Final
 
 import msgspec
 
+from engine.controller.foresight import Foresight
 from engine.ops import FLUSH, READ, UNMAP, WRITE
 
 # the numbers of engine.wire.frame.FrameType, which this module does not import; a test keeps them equal
@@ -35,22 +40,38 @@ PING: Final = 8
 SETTLED: Final = 10
 TRACK: Final = 11
 STATE: Final = 13
+READ_LAYER: Final = 26
+WRITE_LAYER: Final = 27
+MEND: Final = 33
 # a copy of one region between replicas: a read, then a write, under one lock
 COPY: Final = 100
+# nobody writes to the range until it is given back
+GUARD: Final = 101
+# a part of a READ or COPY that nobody could read as a whole; under the lock of that one
+PIECE: Final = 102
 
 OK: Final = 0
 STALE_EPOCH: Final = 1
+IO_ERROR: Final = 3
 NO_SPACE: Final = 4
 
 _GRAIN_SHIFT: Final = 18
 _MUTATING: Final = frozenset({WRITE, UNMAP, COPY})
 _CLIENT_RANGE: Final = frozenset({READ, WRITE, UNMAP})
+_READING: Final = frozenset({READ, COPY, PIECE})
 _PRIVATE: Final = frozenset({PING, TRACK})
 _COPIES_IDLE: Final = 4
 _COPIES_BUSY: Final = 1
 _PING_EVERY: Final = 2.0
 _LONGEST_TICK: Final = 1.0
+# bytes between rests: a sparse volume is gone through in one go
+_REST_AFTER: Final = 1 << 18
+# what may be copied at once after a pause, in seconds of the rate
+_BURST: Final = 1.0
 _ZERO: Final = bytes(1 << 20)
+_BLOCK: Final = 4096
+# ranges that a replica could not read and that were written anew; with more its disk is taken for broken
+_MAX_MEDIA_ERRORS: Final = 1024
 
 
 class ReplicaState(Enum):
@@ -97,6 +118,46 @@ class Equalised(Action, frozen=True):
     regions: int
 
 
+class Damaged(Action, frozen=True):
+    """`replica` holds something else in this range than was written, or (`media`) cannot read it.
+
+    `snapshot` names whose image it is, empty for the head's.
+    """
+
+    replica: str
+    offset: int
+    length: int
+    snapshot: str
+    media: bool
+
+
+class Repaired(Action, frozen=True):
+    """A range of the head was written anew, or could not be. `token` is that of `repair`."""
+
+    replicas: tuple[str, ...]
+    offset: int
+    length: int
+    ok: bool
+    token: Any = None
+
+
+class Unreadable(Action, frozen=True):
+    """No in-sync replica can read this range."""
+
+    offset: int
+    length: int
+
+
+class Guarded(Action, frozen=True):
+    """`guard` is in force."""
+
+    token: Any
+
+
+class Rest(Action, frozen=True):
+    """Clients are busy and a copy in the background is done: call `rested` when the next one may begin."""
+
+
 class Fenced(Action, frozen=True):
     """A higher epoch exists: stop at once, for good."""
 
@@ -110,16 +171,49 @@ class Faulted(Action, frozen=True):
     reason: str
 
 
+class Damage(msgspec.Struct, frozen=True):
+    """See `Damaged`; `bit` is the replica's."""
+
+    bit: int
+    offset: int
+    length: int
+    snapshot: str
+    media: bool
+
+
+class Repair:
+    """Why a range is copied: to be written anew on replicas that lost it. `sources` may be read for it.
+
+    `by_checksum`: the target puts it back where it was if it is what the checksums remember. That is no change of the
+    volume: after a crash in between the replica has what it had, and knows that it is wrong.
+    """
+
+    __slots__ = ("by_checksum", "damage", "failed", "snapshot", "sources", "token")
+
+    def __init__(self, sources: int, damage: Damage | None, token: Any, *, by_checksum: bool) -> None:
+        self.sources = sources
+        self.damage = damage
+        self.token = token
+        self.by_checksum = by_checksum
+        self.snapshot = "" if damage is None else damage.snapshot
+        self.failed = False
+
+
 class Request:
     __slots__ = (
         "blockers",
+        "covers",
+        "damages",
         "error",
         "followers",
         "length",
         "low",
         "offset",
         "op",
+        "parts",
         "payload",
+        "pieces",
+        "raw",
         "result",
         "seq",
         "started",
@@ -144,21 +238,39 @@ class Request:
         self.low = 0
         self.result = b""
         self.targets = 0
+        # of a FLUSH: how many changes were sent before it
+        self.covers = 0
+        self.damages: tuple[Damage, ...] = ()
+        self.pieces = 0
+        self.parts: tuple[Request, ...] = ()
+        # of a COPY: what the volume reads as, not what the head's own image holds
+        self.raw = False
         self.writing = op in (WRITE, UNMAP)
 
 
 class Resync:
-    """What one returning replica still has to be given. `regions` is None until the maps are known."""
+    """What one returning replica still has to be given. `regions` is None until it is known.
+
+    They are copied in ascending order: all below `frontier` are done.
+    """
 
     __slots__ = ("copied", "copying", "flushing", "overtaken", "regions", "total")
 
     def __init__(self) -> None:
         self.regions: deque[int] | None = None
         self.overtaken: set[int] = set()
-        self.copying = 0
+        self.copying: set[int] = set()
         self.copied = 0
         self.total = 0
         self.flushing = False
+
+    @property
+    def frontier(self) -> int | None:
+        """The first region that is not done; None when all are."""
+        waiting = [*self.copying]
+        if self.regions:
+            waiting.append(self.regions[0])
+        return min(waiting, default=None)
 
 
 # (mask of replicas, op, seq, offset, length, payload)
@@ -181,10 +293,12 @@ class Core:
         region_size: int = 1 << 20,
         request_timeout: float = 8.0,
         flush_timeout: float = 30.0,
+        foresight: Foresight | None = None,
     ) -> None:
         self.size = size
         self.names = tuple(replicas)
         self.region_size = region_size
+        self._block = min(_BLOCK, region_size)
         self.request_timeout = request_timeout
         self.flush_timeout = flush_timeout
         self.recorded_set = self.mask(in_sync)
@@ -202,6 +316,8 @@ class Core:
         self.stopped = False
         # set before a detach: no new background copies
         self.draining = False
+        self.holding = False
+        self._queue: list[tuple[int, int, int, Any, Any]] = []
         self.clock = 0.0
         self._next_ping = _PING_EVERY
         self._seq = 0
@@ -214,6 +330,13 @@ class Core:
         self._tracked = 0
         self._reader = 0
 
+        # changes sent to any replica, and how many of them the last flush that succeeded covers; what an engine before
+        # this one left unflushed is covered by none yet
+        self._changes = 0
+        self._flushed = -1
+        self._foresight = foresight or Foresight()
+        self._ahead: Request | None = None
+
         self.settled = 0
         self._settled_sent = 0
         self.dirty: set[int] = set()
@@ -222,6 +345,13 @@ class Core:
         self._inherited = False
         self._copies = 0
         self.resyncs: dict[int, Resync] = {}
+        # bytes a second that background copies may take; 0: as many as the foreground leaves
+        self.copy_rate = 0.0
+        self._allowance = 0.0
+        self._resting = False
+        self._healing: set[Damage] = set()
+        self._rewritten: set[Damage] = set()
+        self._unrested = 0
 
     # names and masks
 
@@ -260,9 +390,30 @@ class Core:
     def reason(self, name: str) -> str:
         return self._reasons.get(self.bit(name), "")
 
-    def note(self, bit: int, reason: str) -> None:
-        """Remember why an absent replica stays out, unless something is known already."""
+    def note(self, bit: int, reason: str, *, replace: bool = False) -> None:
+        """Remember why an absent replica stays out, unless something is known already (with `replace`: even then)."""
+        if replace:
+            self._reasons[bit] = reason
         self._reasons.setdefault(bit, reason)
+
+    @property
+    def busy(self) -> bool:
+        """Clients' requests are under way, for which background work makes room."""
+        return len(self.inflight) > self._copies
+
+    @property
+    def untracked(self) -> bool:
+        """Not every survivor keeps a map for every departed replica yet."""
+        return bool(self.departed & ~self._tracked)
+
+    def may_copy(self) -> bool:
+        """Whether the rate allows a copy now; whoever makes one calls `copying`."""
+        return not self.copy_rate or self._allowance > 0
+
+    def copying(self, length: int) -> None:
+        """`length` bytes are being copied in the background."""
+        if self.copy_rate:
+            self._allowance -= length
 
     @property
     def idle(self) -> bool:
@@ -278,15 +429,50 @@ class Core:
         """
         if self.stopped:
             return
+        if self.holding:
+            self._queue.append((op, offset, length, payload, token))
+            return
         if op == READ and self.dirty:
             for region in range(offset // self.region_size, (offset + length - 1) // self.region_size + 1):
                 if region in self.dirty and region not in self._equalising:
                     self._equalise(region)
-        request = Request(op, offset, length, payload, token)
         if op == FLUSH:
-            self._dispatch(request)
+            self._flush(token)
+            return
+        request = Request(op, offset, length, payload, token)
+        alone = not self.inflight
+        self._admit(request)
+        if op == WRITE and self._foresight.write(length) and alone:
+            self._ahead = Request(FLUSH, 0, 1, token=_Ahead())
+            self._dispatch(self._ahead)
+
+    def _flush(self, token: Any) -> None:
+        self._foresight.flush()
+        ahead = self._ahead
+        if self._flushed == self._changes:
+            self.settled = max(self.settled, self._oldest_write(self._seq + 1))
+            self.replies.append((token, 0, b""))
+        elif ahead is not None and ahead.covers == self._changes:
+            ahead.token.waiting.append(token)
         else:
-            self._admit(request)
+            self._dispatch(Request(FLUSH, 0, 0, token=token))
+
+    def hold(self) -> None:
+        """Admit nothing more: what is submitted waits, in its order, and no copy begins. Membership goes on."""
+        self.holding = True
+
+    @property
+    def quiet(self) -> bool:
+        """While held: all that was admitted is complete. Pings and lists of departed replicas may be under way."""
+        return not self.waiting and all(request.op in _PRIVATE for request in self.inflight.values())
+
+    def release(self) -> None:
+        """Admit what was submitted meanwhile, in its order."""
+        self.holding = False
+        queue, self._queue = self._queue, []
+        for held in queue:
+            self.submit(*held)
+        self._pump()
 
     def _admit(self, request: Request) -> None:
         """Take the range, behind every earlier request that overlaps it; reads share."""
@@ -338,10 +524,18 @@ class Core:
         if op == READ:
             self._send_read(request)
         elif op == COPY:
-            self._send_copy_read(request)
+            self._read_elsewhere(request)
+        elif op == GUARD:
+            if request.token is None:
+                self.unguard(request)
+            else:
+                self.actions.append(Guarded(request.token))
         else:
             if op == FLUSH:
                 request.low = self._oldest_write(seq)
+                request.covers = self._changes
+            else:
+                self._changes += 1
             fanout = self.in_sync | self.joining | self.resyncing
             request.wait = fanout | self.leaving
             self.outbox.append((fanout, op, seq, request.offset, request.length, request.payload))
@@ -364,11 +558,69 @@ class Core:
         if chosen:
             self.outbox.append((chosen, READ, request.seq, request.offset, request.length, b""))
 
-    def _send_copy_read(self, request: Request) -> None:
-        source = self.in_sync & -self.in_sync
+    def _read_elsewhere(self, request: Request) -> None:
+        """Read from a member that has not failed this request; without one in pieces, in the end with EIO."""
+        candidates = self.in_sync & self._sources(request)
+        for damage in request.damages:
+            candidates &= ~damage.bit
+        source = candidates & -candidates
         request.wait = source
         if source:
-            self.outbox.append((source, READ, request.seq, request.offset, request.length, b""))
+            request.started = self.clock
+            if request.op == COPY and not request.raw:
+                self.outbox.append((source, READ_LAYER, request.seq, request.offset, request.length, None))
+            else:
+                self.outbox.append((source, READ, request.seq, request.offset, request.length, b""))
+        elif not self.in_sync:
+            return
+        elif not self._read_in_pieces(request):
+            request.error = errno.EIO
+            for damage in request.damages:
+                self._tell(damage)
+            self.actions.append(Unreadable(request.offset, request.length))
+            self._finish(request)
+
+    def _sources(self, request: Request) -> int:
+        token = request.token
+        if isinstance(token, _Piece):
+            return self._sources(token.parent)
+        return token.sources if isinstance(token, Repair) else self._everyone
+
+    def _read_in_pieces(self, request: Request) -> bool:
+        """Each half may have somebody who can read it. False for a range within one block."""
+        start, end = request.offset, request.offset + request.length
+        middle = start + request.length // 2 & -self._block
+        middle = middle if middle > start else middle + self._block
+        if middle >= end:
+            return False
+        request.damages = ()
+        # what is put together from pieces is no layer's any more
+        request.raw = True
+        request.pieces = 2
+        parts = []
+        for low, high in ((start, middle), (middle, end)):
+            piece = Request(PIECE, low, high - low, token=_Piece(request))
+            self._seq = piece.seq = self._seq + 1
+            self.inflight[piece.seq] = piece
+            parts.append(piece)
+        request.parts = (parts[0], parts[1])
+        for piece in parts:
+            self._read_elsewhere(piece)
+        return True
+
+    def _piece_done(self, parent: Request) -> None:
+        parent.pieces -= 1
+        if parent.pieces:
+            return
+        first, second = parent.parts
+        parent.parts = ()
+        parent.error = first.error or second.error
+        data = b"" if parent.error else first.result + second.result
+        if parent.op == COPY and not parent.error:
+            self._copy_write(parent, data)
+            return
+        parent.result = data
+        self._finish(parent)
 
     # answers
 
@@ -381,15 +633,19 @@ class Core:
             self._refused(bit, request, status, payload)
             return
         op = request.op
-        if op == READ:
+        if op in (READ, PIECE):
             if len(payload) != request.length:
                 self.lost(bit, f"answered a read of {request.length} bytes with {len(payload)}")
                 return
             request.result = payload
+            if request.damages:
+                self._heal(request)
         elif op == COPY and not request.writing:
-            if len(payload) != request.length:
+            if request.raw and len(payload) != request.length:
                 self.lost(bit, f"answered a read of {request.length} bytes with {len(payload)}")
                 return
+            if request.damages:
+                self._heal(request)
             self._copy_write(request, payload)
             return
         request.wait = wait = request.wait & ~bit
@@ -402,6 +658,12 @@ class Core:
             self.stopped = True
             self.actions.append(Fenced(name, payload))
             return
+        if status == IO_ERROR and request.op in _READING and not request.writing:
+            block = self._block
+            start = request.offset & -block
+            end = min(request.offset + request.length + block - 1 & -block, self.size)
+            self.damaged(bit, request.seq, start, end - start, media=True)
+            return
         reason = payload.decode(errors="replace") or f"status {status}"
         last = self.in_sync == bit and not self.joining
         if not last or request.op in _PRIVATE or request.op == FLUSH:
@@ -409,6 +671,10 @@ class Core:
             self.lost(bit, f"refused a request: {reason}")
             return
         request.error = errno.ENOSPC if status == NO_SPACE else errno.EIO
+        if request.op in _MUTATING:
+            # what a failed write left there is this replica's alone: a returning one that took the write would differ
+            for other in self.members(self.resyncing):
+                self.lost(self.bit(other), f"took a write that failed on {name}, the last in-sync replica")
         request.wait &= ~bit
         if not request.wait:
             self._finish(request)
@@ -426,10 +692,17 @@ class Core:
             if isinstance(token, _Internal):
                 token.done(self, request)
             else:
-                self.replies.append((token, request.error, b""))
+                if not request.error:
+                    self._flushed = max(self._flushed, request.covers)
+                if request is self._ahead:
+                    self._ahead = None
+                waiting = token.waiting if isinstance(token, _Ahead) else (token,)
+                self.replies.extend((one, request.error, b"") for one in waiting)
         elif op == COPY:
             self._copied(request)
             self._release(request)
+        elif op == PIECE:
+            self._piece_done(request.token.parent)
         elif op == TRACK:
             self._track = None
             self._tracked = request.targets
@@ -444,6 +717,7 @@ class Core:
         if self.stopped or not bit & (self.in_sync | self.joining | self.resyncing):
             return
         name = self.members(bit)[0]
+        self._rewritten = {damage for damage in self._rewritten if damage.bit != bit}
         self._reasons[bit] = reason
         self.actions.append(Disconnect(name, reason))
         if self.resyncing & bit:
@@ -473,9 +747,12 @@ class Core:
             if not request.wait & bit:
                 continue
             if request.op == READ:
-                self._send_read(request)
-            elif request.op == COPY and not request.writing:
-                self._send_copy_read(request)
+                if request.damages:
+                    self._read_elsewhere(request)
+                else:
+                    self._send_read(request)
+            elif request.op in _READING and not request.writing:
+                self._read_elsewhere(request)
             elif everything or request.op in _PRIVATE or isinstance(request.token, _Internal):
                 request.wait &= ~bit
                 if not request.wait:
@@ -488,10 +765,11 @@ class Core:
         if self.stopped or self._record_in_flight:
             return
         departed = self.departed
-        if departed & ~self._tracked:
+        if departed & ~self._tracked or self._tracked & ~self._everyone:
             if self._track is None:
                 self._send_track(departed)
-            return
+            if departed & ~self._tracked:
+                return
         target = self.in_sync | self.joining
         if target != self.recorded_set:
             self._record_in_flight = target
@@ -553,6 +831,24 @@ class Core:
         self._seq += 1
         self.outbox.append((joined, SETTLED, self._seq, self.settled, 1, b""))
 
+    # changing who is a replica at all
+
+    def add(self, name: str) -> int:
+        """Another replica, which is out and lacks everything; its bit. Survivors note from now on what it misses."""
+        self.names = (*self.names, name)
+        bit = 1 << (len(self.names) - 1)
+        self._everyone |= bit
+        self._step()
+        return bit
+
+    def remove(self, bit: int) -> None:
+        """Forget a replica that is out, and that the record does not name any more. Its bit is not used again."""
+        assert not bit & (self.fanout | self.leaving | self.recorded_set)
+        self.names = tuple("" if 1 << i == bit else name for i, name in enumerate(self.names))
+        self._everyone &= ~bit
+        self._reasons.pop(bit, None)
+        self._step()
+
     # after a crash: make members equal
 
     def begin(self, dirty: Iterable[int]) -> None:
@@ -569,14 +865,22 @@ class Core:
 
     def _copy(self, region: int, targets: int, resync: Resync | None) -> None:
         offset = region * self.region_size
-        request = Request(COPY, offset, min(self.region_size, self.size - offset), token=resync)
+        self._copy_range(offset, min(self.region_size, self.size - offset), targets, resync)
+
+    def _copy_range(self, offset: int, length: int, targets: int, token: Resync | Repair | None) -> None:
+        request = Request(COPY, offset, length, token=token)
         request.targets = targets
+        request.raw = isinstance(token, Repair)
         self._copies += 1
         self._admit(request)
 
     def _copy_write(self, request: Request, payload: bytes) -> None:
         """The source has answered: write what it said to the targets, under the same lock."""
         source = request.wait
+        if request.token is not None:
+            # what the source holds there, which may be nothing
+            self.copying(len(payload))
+            self._unrested += len(payload)
         del self.inflight[request.seq]
         targets = request.targets & ~source
         alive = targets & self.fanout
@@ -590,33 +894,142 @@ class Core:
         if not request.wait:
             self._finish(request)
         elif alive:
-            op = UNMAP if payload == _ZERO[: request.length] else WRITE
-            data = b"" if op == UNMAP else payload
-            self.outbox.append((alive, op, request.seq, request.offset, request.length, data))
+            self._changes += 1
+            token = request.token
+            if isinstance(token, Repair) and token.by_checksum:
+                mend = (token.snapshot, payload)
+                self.outbox.append((alive, MEND, request.seq, request.offset, request.length, mend))
+            elif not request.raw:
+                # as the source told it: what is a hole in its head becomes one in the others'
+                self.outbox.append((alive, WRITE_LAYER, request.seq, request.offset, request.length, payload))
+            elif payload == _ZERO[: request.length]:
+                self.outbox.append((alive, UNMAP, request.seq, request.offset, request.length, b""))
+            else:
+                self.outbox.append((alive, WRITE, request.seq, request.offset, request.length, payload))
 
     def _copied(self, request: Request) -> None:
         self._copies -= 1
-        resync: Resync | None = request.token
+        resync: Resync | Repair | None = request.token
         if resync is None:
+            # also where no member can read a block: all answer EIO for that one
             region = request.offset // self.region_size
             self._equalising.discard(region)
-            if not request.error:
-                self.dirty.discard(region)
+            self.dirty.discard(region)
+        elif isinstance(resync, Repair):
+            self._repaired(request, resync)
         elif self.resyncs.get(request.targets) is resync:
             if request.error:
                 self.lost(request.targets, "cannot be filled: the last in-sync replica cannot be read")
             else:
-                resync.copying -= 1
+                resync.copying.discard(request.offset // self.region_size)
                 resync.copied += 1
+                if self.busy and not self._resting and self._unrested >= _REST_AFTER:
+                    self._resting = True
+                    self._unrested = 0
+                    self.actions.append(Rest())
+
+    def rested(self) -> None:
+        """Clients had the replicas for themselves for a while."""
+        self._resting = False
+        if self.resyncs:
+            self._pump()
+
+    # what a replica's disk lost
+
+    def damaged(self, bit: int, seq: int, offset: int, length: int, *, snapshot: str = "", media: bool = False) -> None:
+        """Replica `bit` answered `seq` with: this range is not what was written (or cannot be read).
+
+        The answer to MEND too, when what it brings is not what the checksums remember.
+        """
+        request = self.inflight.get(seq)
+        if request is None or not request.wait & bit or self.leaving & bit or self.stopped:
+            return
+        repair = request.token
+        if request.op == COPY and request.writing and isinstance(repair, Repair) and repair.by_checksum:
+            self._not_by_checksum(bit, request, repair)
+            return
+        if request.op not in _READING or request.writing or not 0 <= offset < offset + length <= self.size:
+            self.lost(bit, "answered with a damage that cannot be")
+            return
+        request.damages = (*request.damages, Damage(bit, offset, length, snapshot, media))
+        self._read_elsewhere(request)
+
+    def _tell(self, damage: Damage) -> None:
+        name = self.members(damage.bit)[0]
+        self.actions.append(Damaged(name, damage.offset, damage.length, damage.snapshot, damage.media))
+
+    def _heal(self, request: Request) -> None:
+        """Somebody could read what others could not: have it written anew there, once this request is done."""
+        for damage in [part for whole in request.damages for part in self._copyable(whole)]:
+            if damage in self._healing or not damage.bit & self.in_sync or self.draining:
+                continue
+            self._tell(damage)
+            if damage in self._rewritten or len(self._rewritten) >= _MAX_MEDIA_ERRORS:
+                self.lost(damage.bit, f"its disk cannot read {damage.offset}+{damage.length}, also when written anew")
+                continue
+            if damage.media:
+                self._rewritten.add(damage)
+            self._healing.add(damage)
+            others = self._everyone & ~damage.bit
+            repair = Repair(others, damage, None, by_checksum=not damage.media)
+            self._copy_range(damage.offset, damage.length, damage.bit, repair)
+
+    def _copyable(self, damage: Damage) -> list[Damage]:
+        """In parts that one COPY can carry."""
+        end = damage.offset + damage.length
+        return [
+            msgspec.structs.replace(damage, offset=at, length=min(self.region_size, end - at))
+            for at in range(damage.offset, end, self.region_size)
+        ]
+
+    def _not_by_checksum(self, bit: int, request: Request, repair: Repair) -> None:
+        """The target has no checksums of the range any more, or of other content: somebody has written there."""
+        repair.failed = True
+        request.wait &= ~bit
+        if not request.wait:
+            self._finish(request)
+        if not repair.snapshot:
+            plain = Repair(repair.sources & ~bit, None, repair.token, by_checksum=False)
+            self._copy_range(request.offset, request.length, bit, plain)
+
+    def repair(
+        self, offset: int, length: int, target: int, sources: int, token: Any, *, by_checksum: bool = False
+    ) -> None:
+        """Write a range of at most a region anew on `target`, as one of `sources` has it; ends in a `Repaired`."""
+        self._copy_range(offset, length, target, Repair(sources, None, token, by_checksum=by_checksum))
+
+    def _repaired(self, request: Request, repair: Repair) -> None:
+        if repair.damage is not None:
+            self._healing.discard(repair.damage)
+        if repair.failed and not repair.snapshot:
+            return  # the next attempt tells
+        ok = not repair.failed and not request.error and request.targets & self.in_sync == request.targets
+        names = self.members(request.targets)
+        self.actions.append(Repaired(names, request.offset, request.length, ok, repair.token))
+
+    def guard(self, offset: int, length: int, token: Any) -> Request:
+        """Keep writes off the range, from the `Guarded` with this token on, until `unguard` of what is returned."""
+        request = Request(GUARD, offset, length, token=token)
+        self._admit(request)
+        return request
+
+    def unguard(self, request: Request) -> None:
+        """Also before it was granted."""
+        if request.blockers:
+            request.token = None
+            return
+        if self.inflight.pop(request.seq, None) is not None:
+            self._release(request)
+            self._pump()
 
     def _pump(self) -> None:
         """Start background work as far as the foreground leaves room."""
-        if self.stopped or self.draining:
+        if self.stopped or self.draining or self.holding:
             return
         if self.dirty and not self.leaving and not self.in_sync & (self.in_sync - 1):
             # a single member cannot differ from itself
             self.dirty.clear()
-        room = (_COPIES_BUSY if len(self.inflight) > self._copies else _COPIES_IDLE) - self._copies
+        room = (_COPIES_BUSY if self.busy else _COPIES_IDLE) - self._copies
         while room > 0 and len(self.dirty) > len(self._equalising):
             self._equalise(next(region for region in self.dirty if region not in self._equalising))
             room -= 1
@@ -628,9 +1041,10 @@ class Core:
         for bit, resync in list(self.resyncs.items()):
             if resync.regions is None or resync.flushing:
                 continue
-            while room > 0 and resync.regions:
-                resync.copying += 1
-                self._copy(resync.regions.popleft(), bit, resync)
+            while room > 0 and resync.regions and not self._resting and self.may_copy():
+                region = resync.regions.popleft()
+                resync.copying.add(region)
+                self._copy(region, bit, resync)
                 room -= 1
             if not resync.regions and not resync.copying:
                 resync.flushing = True
@@ -646,9 +1060,10 @@ class Core:
     def opened(self, bit: int) -> None:
         """An absent replica is connected, open at our epoch, marked as rebuilding, and tracks `departed`.
 
-        From here on it gets every write; `resync` says later what it missed before.
+        From here on it gets every write; `resync` says later what it missed before. Not while held: it would miss what
+        the others are held for.
         """
-        if self.stopped or bit & (self.fanout | self.leaving):
+        if self.stopped or self.holding or bit & (self.fanout | self.leaving):
             return
         self.resyncing |= bit
         resync = self.resyncs[bit] = Resync()
@@ -677,7 +1092,9 @@ class Core:
         """`elapsed` seconds have passed. A long gap was our own pause: it is not held against the replicas."""
         if self.stopped:
             return
-        self.clock += min(elapsed, _LONGEST_TICK)
+        elapsed = min(elapsed, _LONGEST_TICK)
+        self.clock += elapsed
+        self._allowance = min(self._allowance + self.copy_rate * elapsed, self.copy_rate * _BURST)
         late: dict[int, str] = {}
         for request in self.inflight.values():
             limit = self.flush_timeout if request.op == FLUSH else self.request_timeout
@@ -697,6 +1114,24 @@ class Core:
             if self.fanout:
                 self._dispatch_private(Request(PING, 0, 0), self.fanout)
         self._pump()
+
+
+class _Piece:
+    """What the part of a request that is read in parts has for a token."""
+
+    __slots__ = ("parent",)
+
+    def __init__(self, parent: Request) -> None:
+        self.parent = parent
+
+
+class _Ahead:
+    """A flush that is sent together with the write before it, since one will be asked for; who asked meanwhile."""
+
+    __slots__ = ("waiting",)
+
+    def __init__(self) -> None:
+        self.waiting: list[Any] = []
 
 
 class _Internal:

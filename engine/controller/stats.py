@@ -7,6 +7,17 @@ from bisect import bisect_left
 from engine.client import LATENCY_BOUNDS, OperationStats
 
 
+class Health:
+    """What is known of a replica's disk since the engine started; `scrubbed_at` in seconds since 1970, 0 for never."""
+
+    __slots__ = ("damaged", "repaired", "scrubbed_at")
+
+    def __init__(self) -> None:
+        self.damaged = 0
+        self.repaired = 0
+        self.scrubbed_at = 0.0
+
+
 class Operation:
     __slots__ = ("buckets", "bytes", "count", "errors", "seconds")
 

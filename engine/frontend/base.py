@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 import trio
+
+from engine.poller import Poller
 
 
 class BlockRequest(Protocol):
@@ -14,17 +17,24 @@ class BlockRequest(Protocol):
     op: int
     offset: int
     length: int
-    payload: bytes
     started: float
+
+    @property
+    def payload(self) -> bytes | memoryview:
+        """Of a write. A view is of memory that is used for nothing else while the view is there."""
 
     def finish(self, error: int, data: bytes) -> None:
         """Called once, with an errno or 0, and the data of a read. Must not raise or block."""
 
 
 class BlockVolume(Protocol):
-    """A volume of `size` bytes. All methods raise OSError with the errno that the caller of the file should see."""
+    """A volume of `size` bytes. All methods raise OSError with the errno that the caller of the file should see.
+
+    `poller` is run by the volume; a frontend may add its descriptor.
+    """
 
     size: int
+    poller: Poller
 
     async def read(self, offset: int, length: int) -> bytes: ...
 
@@ -33,6 +43,9 @@ class BlockVolume(Protocol):
     async def unmap(self, offset: int, length: int) -> None: ...
 
     async def flush(self) -> None: ...
+
+    def watch_size(self, changed: Callable[[], None]) -> None:
+        """Have `changed` called whenever `size` has grown; it must not raise or block."""
 
     def submit(self, request: BlockRequest) -> None:
         """Queue a request; it is on its way after `kick`."""

@@ -109,6 +109,12 @@ class _VolumeFile(pyfuse3.Operations):
         return data
 
 
+def _forget_attributes() -> None:
+    """Have the kernel ask for the file's attributes again, and so for its size."""
+    with contextlib.suppress(OSError):  # ENOENT: it does not know the file yet
+        pyfuse3.invalidate_inode(pyfuse3.ROOT_INODE, attr_only=True)
+
+
 class _Session:
     # libfuse takes no connection over
     resumable = False
@@ -128,6 +134,7 @@ class Pyfuse3Frontend:
         options = {"fsname=share-manager"}
         # libfuse closes the descriptor that it is given
         pyfuse3.init(_VolumeFile(volume), f"/dev/fd/{os.dup(fuse_fd)}", options)
+        volume.watch_size(_forget_attributes)
         try:
             async with trio.open_nursery() as nursery:
 

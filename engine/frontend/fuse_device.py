@@ -34,29 +34,40 @@ def _unmount(target: Path, flags: int) -> None:
 
 
 class FuseDevice:
-    """One mounted FUSE file. `fd` is the descriptor of /dev/fuse; close-on-exec, so pass it on explicitly."""
+    """One FUSE file. `fd` is the descriptor of /dev/fuse; close-on-exec, so pass it on explicitly."""
 
     def __init__(self, path: Path, fd: int) -> None:
         self.path = path
         self.fd = fd
 
     @classmethod
-    def mount(cls, path: Path) -> FuseDevice:
-        """Mount a file at `path`, which is created if missing. Raises FrontendError."""
+    def open(cls, path: Path) -> FuseDevice:
+        """One that is to be mounted at `path`, by `mount_here`. Raises FrontendError."""
         try:
             fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise FrontendError(f"cannot open /dev/fuse: {error.strerror}; the kernel needs FUSE") from error
-        try:
-            path.touch(mode=0o600)
-            _mount(
-                path,
-                f"fd={fd},rootmode=100000,user_id={os.getuid()},group_id={os.getgid()},allow_other,max_read={MAX_IO}",
-            )
-        except OSError as error:
-            os.close(fd)
-            raise FrontendError(f"cannot mount FUSE at {path}: {error.strerror}") from error
         return cls(path, fd)
+
+    @classmethod
+    def mount(cls, path: Path) -> FuseDevice:
+        """Mount a file at `path`, which is created if missing. Raises FrontendError."""
+        device = cls.open(path)
+        try:
+            device.mount_here()
+        except FrontendError:
+            device.close()
+            raise
+        return device
+
+    def mount_here(self) -> None:
+        """Raises FrontendError."""
+        options = f"fd={self.fd},rootmode=100000,user_id={os.getuid()},group_id={os.getgid()},allow_other"
+        try:
+            self.path.touch(mode=0o600)
+            _mount(self.path, f"{options},max_read={MAX_IO}")
+        except OSError as error:
+            raise FrontendError(f"cannot mount FUSE at {self.path}: {error.strerror}") from error
 
     def abort(self) -> None:
         """End every waiting and every later request with an error, whoever holds the descriptor."""

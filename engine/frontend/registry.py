@@ -9,10 +9,15 @@ from engine.frontend.base import Frontend
 
 FRONTENDS = ("device", "pyfuse3")
 DEFAULT_FRONTEND: Final = "device"
+NO_FRONTEND: Final = "none"
 
 
 def frontend(name: str) -> Frontend:
     """Raises FrontendError for an unknown name or a missing library."""
+    if name == NO_FRONTEND:
+        from engine.frontend.none import NoFrontend
+
+        return NoFrontend()
     if name not in FRONTENDS:
         raise FrontendError(f"unknown frontend {name!r}; there are: {', '.join(FRONTENDS)}")
     if name == "device":

@@ -22,6 +22,7 @@ from engine.replica.direct import open_ring
 from engine.replica.listener import Listener, listen
 from engine.replica.log import configure_logging
 from engine.replica.server import Server
+from engine.replica.syncer import make_syncer
 from engine.secret import read_secret
 from engine.store import Store
 
@@ -59,7 +60,7 @@ def main(arguments: list[str]) -> int:
         config = msgspec.json.decode(Path(arguments[0]).read_bytes(), type=ReplicaConfig)
         key = read_secret(Path(config.secret_file))
         address = Address.parse(config.listen)
-        store = Store.open(Path(config.directory), config.io)
+        store = Store.open(Path(config.directory), config.io, config.rest)
     except (OSError, msgspec.DecodeError, EngineError) as error:
         log.error("cannot start", reason=str(error))
         return NOT_STARTED
@@ -70,7 +71,7 @@ def main(arguments: list[str]) -> int:
         store.close()
         log.error("cannot start", reason=str(error))
         return NOT_STARTED
-    clean = trio.run(_serve, Server(store, key, ring), listener)
+    clean = trio.run(_serve, Server(store, key, ring, make_syncer(store)), listener)
     listener.close()
     store.close()
     return 0 if clean else FAILED

@@ -17,10 +17,12 @@ from collections.abc import Sequence
 
 PREAD = 0
 PWRITE = 1
+FDSYNC = 3
 NOWAIT = 8  # RWF_NOWAIT: EAGAIN where the submission would have to wait, for a lock or to allocate blocks
 FLAG_RESFD = 1
 
 POLL_NS = 100_000
+MAX_MISSES = 8
 
 # io_setup, io_destroy, io_getevents, io_submit
 _CALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2), "riscv64": (0, 1, 4, 2)}
@@ -49,8 +51,11 @@ class Ring:
     `eventfd` is readable when there are completions.
     """
 
-    def __init__(self, depth: int) -> None:
-        """Raises OSError: no AIO on this kernel, not allowed, or fs.aio-max-nr reached (EAGAIN)."""
+    def __init__(self, depth: int, wait_ns: int = POLL_NS) -> None:
+        """`wait_ns`: how long `completions` waits at most.
+
+        Raises OSError: no AIO on this kernel, not allowed, or fs.aio-max-nr reached (EAGAIN).
+        """
         calls = _CALLS.get(platform.machine())
         if calls is None or struct.calcsize("P") != 8:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -69,7 +74,7 @@ class Ring:
         self._queued = 0
         self._events = bytearray(_EVENT.size * depth)
         self._events_at = ctypes.c_void_p(_address(self._events))
-        self._one, self._poll = ctypes.c_long(1), _TIMESPEC.pack(0, POLL_NS)
+        self._one, self._poll = ctypes.c_long(1), _TIMESPEC.pack(0, wait_ns)
         self._poll_at = ctypes.c_char_p(self._poll)
         self._zero, self._depth, self._null = ctypes.c_long(0), ctypes.c_long(depth), ctypes.c_void_p(None)
         self._failed: deque[tuple[int, int]] = deque()
@@ -119,7 +124,7 @@ class Ring:
     def completions(self, wait: bool = False) -> list[tuple[int, int]]:
         """(tag, result) of what has completed; a result is a number of bytes, or an error number below zero.
 
-        With `wait`, which is for a single request in flight, it is waited for, but no longer than `POLL_NS`. (Were
+        With `wait`, which is for a single request in flight, it is waited for, but no longer than `wait_ns`. (Were
         there others, one that completes between the two calls here would not be told by the eventfd any more.)
         """
         if wait:
@@ -146,6 +151,25 @@ class Ring:
         """Waits for what is submitted."""
         _syscall(self._destroy, self._context)
         os.close(self.eventfd)
+
+
+class Patience:
+    """Whether a disk is worth waiting for, for `completions`: one that was too slow is asked less and less often."""
+
+    def __init__(self) -> None:
+        self._misses = 0
+        self._skip = 0
+
+    def worth(self) -> bool:
+        if self._skip:
+            self._skip -= 1
+            return False
+        return True
+
+    def found(self, anything: bool) -> None:
+        """What came of waiting."""
+        self._misses = 0 if anything else min(self._misses + 1, MAX_MISSES)
+        self._skip = (1 << self._misses) - 1
 
 
 class Pool:

@@ -8,14 +8,18 @@ past the page cache is answered by `Direct` when it has completed.
 from __future__ import annotations
 
 import errno
+import select
 import socket
+import time
 from typing import TYPE_CHECKING
 
 import structlog
 import trio
-from google_crc32c import value as crc32c
+from crc32c import crc32c
 
-from engine.errors import AuthenticationError, ProtocolError, VersionError
+from engine.errors import AuthenticationError, CorruptBlockError, ProtocolError, VersionError
+from engine.poller import BUDGET, LINGER
+from engine.store.snapshots import snapshot_name
 from engine.wire import messages
 from engine.wire.frame import (
     HEADER_SIZE,
@@ -29,6 +33,7 @@ from engine.wire.frame import (
     encode_header,
 )
 from engine.wire.handshake import NONCE_SIZE, check_proof, choose_version, new_nonce, proof
+from engine.wire.layers import BLOCK, decode_layer, layer_name
 
 if TYPE_CHECKING:
     from engine.replica.server import Server
@@ -42,6 +47,8 @@ IOV_MAX = 1024
 
 READ, WRITE, FLUSH, UNMAP = int(FrameType.READ), int(FrameType.WRITE), int(FrameType.FLUSH), int(FrameType.UNMAP)
 PING, SETTLED, BITMAP = int(FrameType.PING), int(FrameType.SETTLED), int(FrameType.BITMAP)
+CONFIRM = int(FrameType.CONFIRM)
+WRITE_LAYER = int(FrameType.WRITE_LAYER)
 HELLO, AUTH = int(FrameType.HELLO), int(FrameType.AUTH)
 # answered after work of their own; the frames behind them on the connection wait
 CONTROL = frozenset(
@@ -56,13 +63,27 @@ CONTROL = frozenset(
             FrameType.SNAPSHOT,
             FrameType.REVERT,
             FrameType.REMOVE_SNAPSHOT,
+            FrameType.BEGIN_REBUILD,
+            FrameType.RESIZE,
         ),
     )
 )
 # answered after work of their own, for which nothing else waits
-BACKGROUND = frozenset(map(int, (FrameType.SNAPSHOTS, FrameType.COALESCE, FrameType.READ_SNAPSHOT)))
+RANGED = frozenset(map(int, (FrameType.READ_SNAPSHOT, FrameType.READ_LAYER, FrameType.DIGEST, FrameType.MEND)))
+BACKGROUND = RANGED | frozenset(
+    map(
+        int,
+        (
+            FrameType.SNAPSHOTS,
+            FrameType.COALESCE,
+            FrameType.PULL,
+            FrameType.WRITE_LAYER,
+            FrameType.REBUILD_STATE,
+        ),
+    )
+)
 WITHOUT_OPEN = frozenset(map(int, (FrameType.OPEN, FrameType.STATUS, FrameType.PING)))
-DATA = frozenset((READ, WRITE, FLUSH, UNMAP, SETTLED, BITMAP))
+DATA = frozenset((READ, WRITE, FLUSH, UNMAP, SETTLED, BITMAP, CONFIRM))
 
 
 class ConnectionEndError(Exception):
@@ -81,8 +102,12 @@ class Connection:
         self._reader = FrameReader(HEADER_SIZE + MAX_PAYLOAD)
         self._out: list[Buffer] = []
         self._unsent = 0
+        # what is answered waits for the answer of a flush that came with it, unless more comes
+        self._together = False
         self._draining: trio.Event | None = None
         self._nursery: trio.Nursery | None = None
+        self._poll: select.poll | None = None
+        self._give_way = 0.0
 
     async def run(self) -> None:
         """Serve until the peer leaves or misbehaves; never raises for what a peer does."""
@@ -125,7 +150,9 @@ class Connection:
     async def _receive(self) -> list[Frame]:
         self.send()
         while True:
-            await trio.lowlevel.wait_readable(self._sock)
+            if not self._linger():
+                await trio.lowlevel.wait_readable(self._sock)
+                self._give_way = time.monotonic() + BUDGET
             try:
                 count = self._sock.recv_into(self._reader.space())
             except BlockingIOError:
@@ -137,6 +164,29 @@ class Connection:
             self._reader.received(count)
             if frames := self._reader.frames():
                 return frames
+
+    def _linger(self) -> bool:
+        """Wait a moment for the owner's next frames, past the event loop (see engine.poller); whether there are any."""
+        if self.server.owner is not self:
+            return False
+        completions = self.server.completions
+        if self._poll is None:
+            self._poll = select.poll()
+            for fd in (self._sock.fileno(), *completions):
+                self._poll.register(fd, select.POLLIN)
+        while time.monotonic() < self._give_way and not self.server.busy:
+            events = self._poll.poll(LINGER * 1000)
+            if not events:
+                return False
+            readable = False
+            for fd, _ in events:
+                if fd in completions:
+                    completions[fd]()
+                else:
+                    readable = True
+            if readable:
+                return True
+        return False
 
     async def _handshake(self) -> list[Frame]:
         """Returns the frames that came right behind the proof. Raises ProtocolError, VersionError."""
@@ -170,7 +220,8 @@ class Connection:
             raise
         self.authenticated = True
         if not self._reader.partial:
-            self._reader = FrameReader()  # its room is for peers that have proven something
+            # its room is for peers that have proven something
+            self._reader = FrameReader(bulk=self.server.buffers)
         answer = messages.AuthReply(
             proof=proof(key, "replica", version, hello.nonce, nonce),
             replica=self.server.store.identity.replica,
@@ -183,6 +234,7 @@ class Connection:
         while True:
             at, count = 0, len(frames)
             while at < count:
+                self.server.begin_batch()
                 try:
                     at = self._execute(frames, at)
                 finally:
@@ -203,6 +255,7 @@ class Connection:
         has to be submitted then.
         """
         server = self.server
+        self._together = False
         if server.owner is not self or server.failed:
             return self._refuse(frames, at)
         store, counters, out = server.store, server.counters, self._out
@@ -222,17 +275,20 @@ class Connection:
                     continue
                 try:
                     if direct is None:
-                        data = store.read(offset, length)
+                        data, crc = store.read_checked(offset, length)
                     elif cache is None or (cached := cache.read(offset, length)) is None:
                         if not direct.read(self, fd, seq, offset, length):
                             return index
                         continue
                     else:
-                        data = cached
+                        data, crc = cached, store.checked(offset, cached)
                 except OSError as error:
                     self.io_error(frames[index], error)
                     continue
-                out.append(encode_header(reply_read, 0, seq, offset, length, length, crc32c(data)))
+                except CorruptBlockError as error:
+                    self.corrupt(frames[index], error)
+                    continue
+                out.append(encode_header(reply_read, 0, seq, offset, length, length, crc))
                 out.append(data)
                 self._unsent += 40 + length
                 counters.reads += 1
@@ -259,6 +315,7 @@ class Connection:
                     counters.written_bytes += length
             elif kind == FLUSH:
                 server.flush(self, frames[index])
+                self._together = bool(length)
             elif kind == UNMAP:
                 if offset + length > size or not 0 < length <= MAX_REQUEST or payload:
                     self._bad_range(frames[index])
@@ -270,14 +327,25 @@ class Connection:
                     return index
             elif kind == PING:
                 self.reply(kind, 0, seq)
+            elif kind == CONFIRM:
+                server.confirm(self, seq)
             elif kind == SETTLED:
                 server.settled(self, frames[index])
             elif kind == BITMAP:
                 self._bitmap(frames[index])
             elif kind in CONTROL:
                 return index
+            elif kind == WRITE_LAYER and not layer_name(payload):
+                if not self._fits_head(frames[index]):
+                    self._bad_range(frames[index])
+                elif not touch(offset, length, seq):
+                    server.park(self, frames[index])
+                elif direct is None:
+                    self.apply(frames[index])
+                elif not direct.unmap(self, frames[index]):
+                    return index
             elif kind in BACKGROUND:
-                if kind == FrameType.READ_SNAPSHOT and (offset + length > size or not 0 < length <= MAX_REQUEST):
+                if kind in RANGED and (offset + length > size or not 0 < length <= MAX_REQUEST):
                     self._bad_range(frames[index])
                 else:
                     server.snapshots.background(self, frames[index])
@@ -296,6 +364,9 @@ class Connection:
                 self.server.store.write(offset, payload)
                 counters.writes += 1
                 counters.written_bytes += length
+            elif kind == WRITE_LAYER:
+                self.server.layers.write_head(frame)
+                self.server.layers.wrote_head(frame)
             else:
                 self.server.store.unmap(offset, length)
                 counters.unmaps += 1
@@ -303,6 +374,13 @@ class Connection:
             self.io_error(frame, error)
             return
         self.reply(kind, 0, seq, offset=offset, length=length)
+
+    def _fits_head(self, frame: Frame) -> bool:
+        """Whether a WRITE_LAYER of the head is whole blocks within the volume. Raises ProtocolError."""
+        _, _, _, offset, length, payload = frame
+        decode_layer(payload, length)
+        inside = offset + length <= self.server.store.size and 0 < length <= MAX_REQUEST
+        return inside and not offset % BLOCK and not length % BLOCK
 
     def _refuse(self, frames: list[Frame], at: int) -> int:
         for index in range(at, len(frames)):
@@ -338,6 +416,13 @@ class Connection:
         log.error("request failed", type=frame[0], offset=frame[3], length=frame[4], reason=str(error))
         self.reply(frame[0], status, frame[2], payload=str(error).encode())
 
+    def corrupt(self, frame: Frame, error: CorruptBlockError) -> None:
+        """Answer a request for what the checksums deny, with the block."""
+        self.server.counters.corrupt += 1
+        log.error("checksum mismatch", type=frame[0], image=error.image, offset=error.offset)
+        body = messages.encode(messages.Corrupt(snapshot=snapshot_name(error.image), reason=error.reason))
+        self.reply(frame[0], Status.CORRUPT, frame[2], offset=error.offset, length=BLOCK, payload=body)
+
     def _bitmap(self, frame: Frame) -> None:
         kind, _, seq, offset, length, payload = frame
         name = messages.decode(payload, messages.Bitmap).name
@@ -366,9 +451,14 @@ class Connection:
         if payload:
             self._out.append(payload)
 
-    def send(self) -> None:
-        """Send what is queued, as far as the kernel takes it now; the rest follows by itself."""
-        if not self._out or self._draining is not None or self._nursery is None:
+    def send(self, *, now: bool = False) -> None:
+        """Send what is queued, as far as the kernel takes it now; the rest follows by itself.
+
+        Without `now` it may wait for the answer of a flush that was asked for ahead.
+        """
+        if now:
+            self._together = False
+        if not self._out or self._together or self._draining is not None or self._nursery is None:
             return
         if not self._send_some():
             self._draining = trio.Event()

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 import trio
-from google_crc32c import value as crc32c
+from crc32c import crc32c
 
-from engine.replica.aio import NOWAIT, PREAD, PWRITE, Pool, Ring
+from engine.errors import CorruptBlockError
+from engine.replica.aio import NOWAIT, PREAD, PWRITE, Patience, Pool, Ring
 from engine.replica.barrier import Barrier, Era
 from engine.wire.frame import REPLY, Frame, FrameType, Status, encode_header
 
@@ -42,9 +43,9 @@ MEDIUM, MEDIUM_COUNT = 128 << 10, 32
 LARGE, LARGE_COUNT = (1 << 20) + BLOCK, 16  # the largest request, unaligned
 SLOTS = SMALL_COUNT + MEDIUM_COUNT + LARGE_COUNT
 MAX_UNMAPS = 256
-MAX_MISSES = 8
 
 READ, WRITE, IO_ERROR = int(FrameType.READ), int(FrameType.WRITE), int(Status.IO_ERROR)
+WRITE_LAYER = int(FrameType.WRITE_LAYER)
 
 
 def open_ring(store: Store, io: IoMode) -> Ring | None:
@@ -109,8 +110,7 @@ class Direct:
         self._flags = NOWAIT
         self._unmaps: list[tuple[Item, Era[Item]]] = []
         self._again: list[int] = []
-        self._misses = 0
-        self._skip = 0
+        self._patience = Patience()
         self._wake_unmaps = trio.Event()
         self._wake_again = trio.Event()
 
@@ -130,7 +130,6 @@ class Direct:
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._reap)
             nursery.start_soon(self._submit_again)
             nursery.start_soon(self._punch)
 
@@ -174,7 +173,10 @@ class Direct:
         return True
 
     def unmap(self, connection: Connection, frame: Frame) -> bool:
-        """Punching a hole waits for all direct I/O of the file, so a thread does it. Intent bits as for `write`."""
+        """Punching a hole waits for all direct I/O of the file, so a thread does it. Intent bits as for `write`.
+
+        A WRITE_LAYER of the head, which punches holes too, goes the same way.
+        """
         if len(self._unmaps) >= MAX_UNMAPS:
             self.starved = True
             return False
@@ -190,16 +192,12 @@ class Direct:
         """A lone request is waited for, shortly, which saves a turn of the event loop, unless the disk is too slow."""
         if self.ring.submit() != 1 or self.in_flight != 1:
             return
-        if self._skip:
-            self._skip -= 1
+        if not self._patience.worth():
             return
         done = self.ring.completions(wait=True)
+        self._patience.found(bool(done))
         if done:
-            self._misses = 0
             self._take(done)
-        else:
-            self._misses = min(self._misses + 1, MAX_MISSES)
-            self._skip = (1 << self._misses) - 1
 
     def barrier(self, item: Item) -> bool:
         """Have `item` flushed when all writes that are under way have completed; False when there are none."""
@@ -237,11 +235,9 @@ class Direct:
 
     # completions
 
-    async def _reap(self) -> None:
-        eventfd = self.ring.eventfd
-        while True:
-            await trio.lowlevel.wait_readable(eventfd)
-            self._take(self.ring.completions())
+    def reap(self) -> None:
+        """The ring's eventfd is readable."""
+        self._take(self.ring.completions())
 
     def _take(self, completions: list[tuple[int, int]]) -> None:
         touched: dict[Connection, None] = {}
@@ -286,9 +282,19 @@ class Direct:
         elif kind == READ:
             at = self._at[slot] + (offset & 4095)
             data: bytes = self._memory[at : at + length]
-            connection.queue(encode_header(READ | REPLY, 0, seq, offset, length, length, crc32c(data)), data)
-            server.counters.reads += 1
-            server.counters.read_bytes += length
+            try:
+                if self._spans[slot] == length:
+                    crc = server.store.checked(offset, data)
+                else:
+                    start = self._at[slot]
+                    server.store.checked(offset & -BLOCK, self._memory[start : start + self._spans[slot]])
+                    crc = crc32c(data)
+            except CorruptBlockError as error:
+                connection.corrupt((READ, 0, seq, offset, length, b""), error)
+            else:
+                connection.queue(encode_header(READ | REPLY, 0, seq, offset, length, length, crc), data)
+                server.counters.reads += 1
+                server.counters.read_bytes += length
         else:
             connection.queue(encode_header(WRITE | REPLY, 0, seq, offset, length))
             server.counters.writes += 1
@@ -360,12 +366,14 @@ class Direct:
             for ((connection, frame), era), error in zip(batch, errors, strict=True):
                 kind, _, seq, offset, length, _ = frame
                 touched[connection] = None
+                if kind == WRITE_LAYER and error is None:
+                    self._server.layers.wrote_head(frame)
                 if self._answers(connection, kind, seq):
                     if error is not None:
                         connection.io_error(frame, error)
                     else:
                         connection.reply(kind, 0, seq, offset=offset, length=length)
-                        self._server.counters.unmaps += 1
+                        self._server.counters.unmaps += kind != WRITE_LAYER
                 self._shared -= self._edges(offset, length)
                 self._done(era)
             self._settle(touched)
@@ -374,7 +382,10 @@ class Direct:
         errors: list[OSError | None] = []
         for frame in frames:
             try:
-                self._server.store.unmap(frame[3], frame[4])
+                if frame[0] == WRITE_LAYER:
+                    self._server.layers.write_head(frame)
+                else:
+                    self._server.store.unmap(frame[3], frame[4])
             except OSError as error:
                 errors.append(error)
             else:

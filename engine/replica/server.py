@@ -8,17 +8,19 @@ parked across an await is checked again before it is applied or answered.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 import structlog
 import trio
 
+from engine.buffers import BufferPool
 from engine.errors import (
     SnapshotExistsError,
     SnapshotInUseError,
@@ -28,11 +30,15 @@ from engine.errors import (
 from engine.replica.connection import FLUSH, WRITE, Connection
 from engine.replica.direct import Direct, Disk
 from engine.replica.gate import Gate
+from engine.replica.layers import LayerRequests
 from engine.replica.listener import Listener, tune
+from engine.replica.right import Confirmations
 from engine.replica.snapshots import CHANGES, SnapshotRequests, no_room
+from engine.replica.sums import keep_sums
+from engine.replica.syncer import Syncer, ThreadSyncer
 from engine.store import REGION_SIZE, IoMode, Store
 from engine.wire import messages
-from engine.wire.frame import Frame, FrameType, Status
+from engine.wire.frame import MAX_PAYLOAD, Frame, FrameType, Status
 
 log = structlog.get_logger()
 
@@ -50,30 +56,41 @@ class Counters:
     unmaps: int = 0
     read_bytes: int = 0
     written_bytes: int = 0
+    corrupt: int = 0
 
 
 class Server:
-    def __init__(self, store: Store, key: bytes, ring: Disk | None = None) -> None:
-        """With a `ring` (see `open_ring`) data goes past the page cache where the store allows it."""
+    def __init__(self, store: Store, key: bytes, ring: Disk | None = None, syncer: Syncer | None = None) -> None:
+        """With a `ring` (see `open_ring`) data goes past the page cache where the store allows it.
+
+        `ring` and `syncer` are closed by `serve`.
+        """
         self.store = store
         self.key = key
         self.instance = os.urandom(8).hex()
         self.owner: Connection | None = None
         self.token = store.token
+        self.confirmations = Confirmations(time.monotonic(), store.token[0], closed=not store.meta.dirty)
         self.failed = ""
         self.counters = Counters()
+        self.buffers = BufferPool(MAX_PAYLOAD)
         self.direct = Direct(self, ring) if ring is not None else None
         self._connections: dict[Connection, None] = {}  # oldest first
         self._gate: Gate[tuple[Connection, Frame]] = Gate(store.maps)
         self._ready: deque[tuple[Connection, Frame]] = deque()  # out of the gate, waiting for room in `direct`
         self._parked_bytes = 0
         self._flushes: list[tuple[Connection, Frame]] = []
-        self._syncing_head = False
+        self._syncing: list[tuple[Connection, Frame]] = []
+        self._in_batch = False
+        self._syncer = syncer or ThreadSyncer(lambda: self.store.sync())
+        self._completions: dict[int, Callable[[], None]] = {self._syncer.eventfd: self._synced}
+        if self.direct is not None:
+            self._completions[self.direct.ring.eventfd] = self.direct.reap
         self._wake_maps = trio.Event()
-        self._wake_head = trio.Event()
         self.changed = trio.lowlevel.ParkingLot()
         self._control = trio.Lock()
         self.snapshots = SnapshotRequests(self)
+        self.layers = LayerRequests(self)
         self._stop = trio.Event()
 
     async def serve(self, listener: Listener) -> bool:
@@ -83,6 +100,7 @@ class Server:
         finally:
             if self.direct is not None:
                 self.direct.close()
+            self._syncer.close()
 
     async def _serve(self, listener: Listener) -> bool:
         async with trio.open_nursery() as nursery:
@@ -91,8 +109,10 @@ class Server:
                 nursery.start_soon(self.direct.run)
             nursery.start_soon(self._accept, listener, nursery)
             nursery.start_soon(self._sync_maps)
-            nursery.start_soon(self._sync_head)
+            for eventfd, completed in self._completions.items():
+                nursery.start_soon(self._watch, eventfd, completed)
             nursery.start_soon(self._expire)
+            nursery.start_soon(keep_sums, self)
             await self._stop.wait()
             trio.lowlevel.notify_closing(listener.sock)
             listener.close()
@@ -100,7 +120,7 @@ class Server:
                 await self._leave()
             with trio.move_on_after(LEAVE_SECONDS):
                 for connection in list(self._connections):
-                    connection.send()
+                    connection.send(now=True)
                     await connection.drained()
             nursery.cancel_scope.cancel()
         return not self.failed
@@ -164,6 +184,25 @@ class Server:
 
     # data requests that cannot be answered at once
 
+    async def _watch(self, eventfd: int, completed: Callable[[], None]) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(eventfd)
+            completed()
+
+    @property
+    def completions(self) -> dict[int, Callable[[], None]]:
+        """What to call when one of these descriptors is readable, by whoever does not leave that to the event loop."""
+        return self._completions
+
+    @property
+    def busy(self) -> bool:
+        """Tasks of the event loop have something to do, or wait for what a connection does."""
+        return bool(self.changed) or not self._gate.idle or bool(self.snapshots.under_way)
+
+    def begin_batch(self) -> None:
+        """Until `submit`, syncs wait: one serves all flushes of the batch."""
+        self._in_batch = True
+
     def tick(self) -> None:
         self.store.maps.regions.now = time.monotonic()
 
@@ -191,8 +230,18 @@ class Server:
 
     def submit(self) -> None:
         """Hand to the disk what a batch prepared."""
+        self._in_batch = False
         if self.direct is not None:
             self.direct.submit()
+        if self._flushes:
+            self._begin_sync()
+            if self._alone:
+                self._synced(worth_waiting=True)
+
+    @property
+    def _alone(self) -> bool:
+        """An engine has asked for a flush ahead: it waits for that, and has nothing else under way."""
+        return len(self._syncing) == 1 and bool(self._syncing[0][1][4]) and not self.busy
 
     def direct_progress(self) -> None:
         """Some requests are done, so there is room for others."""
@@ -202,12 +251,20 @@ class Server:
 
     def flush(self, connection: Connection, frame: Frame) -> None:
         """Answer once an fdatasync that starts after everything received before was applied is done."""
+        self.confirmations.confirmed(self.store.maps.regions.now)
         if self._gate.barrier((connection, frame)):
             return
         if self._ready:
             self._ready.append((connection, frame))
         else:
             self._flush_behind(connection, frame)
+
+    def confirm(self, connection: Connection, seq: int) -> None:
+        """Its owner asks whether there is a higher token: it would not be the owner then."""
+        self.confirmations.confirmed(time.monotonic())
+        connection.reply(FrameType.CONFIRM, 0, seq)
+        # with a flush that was asked for ahead it would wait for the disk, and cost the replica its place
+        connection.send(now=True)
 
     def _flush_behind(self, connection: Connection, frame: Frame) -> None:
         if self.direct is None or not self.direct.barrier((connection, frame)):
@@ -218,7 +275,8 @@ class Server:
         self._flushes += waiting
         if self.failed:
             self.fail_parked(self.failed)
-        self._wake_head.set()
+        elif not self._in_batch:
+            self._begin_sync()
 
     def settled(self, connection: Connection, frame: Frame) -> None:
         try:
@@ -271,29 +329,30 @@ class Server:
         for connection in touched:
             connection.send()
 
-    async def _sync_head(self) -> None:
-        while not self.failed:
-            while not self._flushes:
-                self._wake_head = trio.Event()
-                await self._wake_head.wait()
-            waiting, self._flushes = self._flushes, []
-            self._syncing_head = True
-            try:
-                await trio.to_thread.run_sync(self.store.sync)
-            except OSError as error:
-                self._flushes = waiting + self._flushes
-                self.fail_parked(f"fdatasync failed: {error}")
+    def _begin_sync(self) -> None:
+        if not self._syncing and self._flushes and not self.failed:
+            self._syncing, self._flushes = self._flushes, []
+            self._syncer.start()
+
+    def _synced(self, *, worth_waiting: bool = False) -> None:
+        try:
+            if not self._syncer.finished(worth_waiting=worth_waiting):
                 return
-            self._syncing_head = False
-            touched: dict[Connection, None] = {}
-            for connection, frame in waiting:
-                self.counters.flushes += 1
-                if connection is self.owner:
-                    connection.reply(frame[0], 0, frame[2])
-                    touched[connection] = None
-            for connection in touched:
-                connection.send()
-            self.changed.unpark_all()
+        except OSError as error:
+            self._flushes, self._syncing = self._syncing + self._flushes, []
+            self.fail_parked(f"fdatasync failed: {error}")
+            return
+        waiting, self._syncing = self._syncing, []
+        touched: dict[Connection, None] = {}
+        for connection, frame in waiting:
+            self.counters.flushes += 1
+            if connection is self.owner:
+                connection.reply(frame[0], 0, frame[2])
+                touched[connection] = None
+        for connection in touched:
+            connection.send(now=True)
+        self._begin_sync()
+        self.changed.unpark_all()
 
     async def _expire(self) -> None:
         while not self.failed:
@@ -317,7 +376,7 @@ class Server:
         waiting, self._flushes = [*self._discard(), *self._flushes], []
         for connection, frame in waiting:
             connection.reply(frame[0], Status.IO_ERROR, frame[2], payload=reason.encode())
-            connection.send()
+            connection.send(now=True)
 
     def _discard(self) -> list[tuple[Connection, Frame]]:
         """Forget everything that waits for a write or for intent bits, and return it."""
@@ -329,7 +388,7 @@ class Server:
     async def quiesce(self) -> None:
         """Wait until nothing is parked or submitted."""
         while not self.failed and (
-            not self._gate.idle or self._ready or self._submitted or self._flushes or self._syncing_head
+            not self._gate.idle or self._ready or self._submitted or self._flushes or self._syncing
         ):
             await self.changed.park()
 
@@ -351,10 +410,14 @@ class Server:
                 await self._track(connection, frame, messages.decode(payload, messages.Track))
             elif kind == FrameType.STATE:
                 await self._state(connection, frame, messages.decode(payload, messages.State))
+            elif kind == FrameType.RESIZE:
+                await self._resize(connection, frame, messages.decode(payload, messages.Resize))
             elif kind in CHANGES:
                 await self.snapshots.control(connection, frame)
+            elif kind == FrameType.BEGIN_REBUILD:
+                await self.layers.begin(connection, frame, messages.decode(payload, messages.BeginRebuild))
             else:
-                await self._close(connection, frame)
+                await self._close(connection, frame, messages.decode(payload, messages.Close) if payload else _CLOSE)
         except (StoreError, OSError) as error:
             self.answer_failure(connection, frame, error)
 
@@ -402,6 +465,8 @@ class Server:
             maps.regions.inherit()
             connection.token = token
             self.owner = connection
+            now = time.monotonic()
+            self.confirmations.opened(token[0], now)
             log.info("opened", peer=connection.peer, epoch=token[0], incarnation=token[1])
             answer = messages.OpenReply(
                 size=self.store.size,
@@ -409,6 +474,9 @@ class Server:
                 dirty_regions=maps.dirty_regions,
                 tracked=maps.tracked,
                 rebuilding=self.store.meta.rebuilding,
+                rebuild=self.store.rebuild is not None,
+                origin=self.store.origin.source if self.store.origin is not None else "",
+                older_age=self.confirmations.age(now),
             )
             connection.reply(kind, 0, seq, payload=messages.encode(answer))
 
@@ -434,9 +502,9 @@ class Server:
             if old.token is not None and old.token < self.token:
                 # an engine that lost the volume must hear that, not guess it from a broken connection; it hangs up
                 old.reply(FrameType.OPEN, Status.STALE_EPOCH, 0, payload=self.highest())
-                old.send()
+                old.send(now=True)
             else:
-                old.send()
+                old.send(now=True)
                 old.close()
 
     async def _track(self, connection: Connection, frame: Frame, wanted: messages.Track) -> None:
@@ -459,7 +527,26 @@ class Server:
             await trio.to_thread.run_sync(lambda: self.store.set_marks(rebuilding=wanted.rebuilding))
         connection.reply(frame[0], 0, frame[2])
 
-    async def _close(self, connection: Connection, frame: Frame) -> None:
+    async def _resize(self, connection: Connection, frame: Frame, wanted: messages.Resize) -> None:
+        async with self.whole():
+            if self.refused(connection, frame):
+                return
+            # the owner's frames wait behind this one, so nothing asks for the new room before it is there
+            if wanted.size > self.store.size:
+                change = self.store.begin_resize(wanted.size)
+                try:
+                    await trio.to_thread.run_sync(change.run)
+                except OSError as error:
+                    if not no_room(error) and error.errno != errno.EFBIG:  # a sync may have failed
+                        self.fail_parked(f"cannot grow: {error}")
+                    raise
+                self.store.finish_resize(change)
+                log.info("grown", size=self.store.size)
+            if self.refused(connection, frame):
+                return
+        connection.reply(frame[0], 0, frame[2])
+
+    async def _close(self, connection: Connection, frame: Frame, wanted: messages.Close) -> None:
         await self.quiesce()
         async with self.whole():
             if self.refused(connection, frame):
@@ -476,10 +563,13 @@ class Server:
                 self.fail_parked(f"fdatasync failed: {error}")
                 raise
             maps.finish(sync)
-            if not maps.dirty_regions:
+            # one whose right is kept stays marked: a restart of this process must not take it for ended
+            if not maps.dirty_regions and not wanted.kept:
                 await trio.to_thread.run_sync(lambda: self.store.set_marks(dirty=False))
             if self.owner is connection:
                 self.owner = None
+                if not wanted.kept:
+                    self.confirmations.closed()
             connection.token = None
         connection.reply(frame[0], 0, frame[2])
 
@@ -512,9 +602,12 @@ class Server:
             unmaps=counters.unmaps,
             read_bytes=counters.read_bytes,
             written_bytes=counters.written_bytes,
+            corrupt=counters.corrupt,
+            summed_regions=store.summed,
         )
 
 
+_CLOSE = messages.Close()
 _STATUS: dict[type[StoreError], Status] = {
     SnapshotExistsError: Status.EXISTS,
     SnapshotNotFoundError: Status.NOT_FOUND,

@@ -16,7 +16,8 @@ import msgspec
 import structlog
 import trio
 
-from engine.errors import StoreError
+from engine.errors import CorruptBlockError, StoreError
+from engine.replica.sums import digest, mend
 from engine.store.switch import HeadSwitch
 from engine.wire import messages
 from engine.wire.frame import Frame, FrameType
@@ -53,6 +54,10 @@ class SnapshotRequests:
         async with trio.open_nursery() as self._nursery:
             task_status.started()
             await trio.sleep_forever()
+
+    @property
+    def under_way(self) -> int:
+        return self._under_way
 
     @property
     def crowded(self) -> bool:
@@ -123,8 +128,16 @@ class SnapshotRequests:
             work = partial(self._list, connection, frame)
         elif kind == FrameType.COALESCE:
             work = partial(self._coalesce, connection, frame, messages.decode(payload, messages.Coalesce))
-        else:
+        elif kind == FrameType.PULL:
+            work = partial(self._pull, connection, frame, messages.decode(payload, messages.Pull))
+        elif kind == FrameType.DIGEST:
+            work = partial(digest, self._server, connection, frame, messages.decode(payload, messages.Digest))
+        elif kind == FrameType.MEND:
+            work = partial(mend, self._server, connection, frame, messages.decode(payload, messages.Mend))
+        elif kind == FrameType.READ_SNAPSHOT:
             work = partial(self._read, connection, frame, messages.decode(payload, messages.ReadSnapshot))
+        else:
+            work = self._server.layers.work(connection, frame)
         assert self._nursery is not None
         self._under_way += 1
         self._nursery.start_soon(self._answer, connection, frame, work)
@@ -135,6 +148,8 @@ class SnapshotRequests:
             payload = await work()
             if payload is not None:
                 connection.reply(frame[0], 0, frame[2], offset=frame[3], length=frame[4], payload=payload)
+        except CorruptBlockError as error:
+            connection.corrupt(frame, error)
         except (StoreError, OSError) as error:
             self._server.answer_failure(connection, frame, error)
         except Exception:
@@ -144,7 +159,7 @@ class SnapshotRequests:
         finally:
             self._under_way -= 1
             self._server.changed.unpark_all()
-        connection.send()
+        connection.send(now=True)
 
     async def _list(self, connection: Connection, frame: Frame) -> bytes | None:
         async with self._server.whole():
@@ -152,7 +167,8 @@ class SnapshotRequests:
                 return None
             found = await trio.to_thread.run_sync(self._server.store.list_snapshots)
         entries = tuple(messages.SnapshotEntry(**msgspec.structs.asdict(info)) for info in found)
-        return messages.encode(messages.SnapshotsReply(snapshots=entries))
+        reply = messages.SnapshotsReply(snapshots=entries, head_allocated=self._server.store.head_allocated)
+        return messages.encode(reply)
 
     async def _coalesce(self, connection: Connection, frame: Frame, wanted: messages.Coalesce) -> bytes | None:
         server = self._server
@@ -172,6 +188,37 @@ class SnapshotRequests:
             if server.refused(connection, frame):
                 return None
         return messages.encode(messages.CoalesceReply(done=done, copied=step.copied, left=0 if done else left))
+
+    async def _pull(self, connection: Connection, frame: Frame, wanted: messages.Pull) -> bytes | None:
+        server, store = self._server, self._server.store
+        async with server.whole():
+            reply = messages.PullReply(done=True)
+            while True:
+                if server.refused(connection, frame):
+                    return None
+                step = store.begin_pull(min(wanted.budget, MAX_STEP), finish=wanted.finish)
+                if step is None:
+                    break
+                try:
+                    await trio.to_thread.run_sync(step.run)
+                    done = store.finish_pull(step)
+                except OSError as error:
+                    # what was copied is nobody's yet, and is copied again; the end changes the chain
+                    if step.pull.switched and not no_room(error):
+                        server.fail_parked(f"cannot pull a clone: {error}")
+                    raise
+                pull = step.pull
+                reply = messages.PullReply(
+                    done=done,
+                    complete=pull.complete,
+                    copied=step.copied,
+                    passed=pull.origin.passed,
+                    total=pull.total,
+                )
+                # once the store has let go of what is shared, nothing comes between that and letting go on disk
+                if done or not pull.switched:
+                    break
+        return messages.encode(reply)
 
     async def _read(self, connection: Connection, frame: Frame, wanted: messages.ReadSnapshot) -> bytes | None:
         data = await trio.to_thread.run_sync(

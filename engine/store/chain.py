@@ -13,21 +13,32 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from crc32c import crc32c
+
+from engine.store.index import BLOCK as BLOCK
+from engine.store.index import CHUNK, CHUNK_BLOCKS, LayerIndex
+from engine.store.sums import Sums
 from engine.wire.frame import Buffer
 
-BLOCK = 4096
-CHUNK = 4 << 20
-_CHUNK_BLOCKS = CHUNK // BLOCK
-# 64 MiB of index, for 256 GiB of volume; beyond it the cache starts anew
-MAX_CHUNKS = 65536
+# ext4 keeps what one call wrote in one folio of the page cache, and goes through all blocks of the folio whenever one
+# of them is written again: 12 µs for 4 KiB where 1 MiB was written at once, 3.5 to 5 µs with this. Smaller pieces make
+# large writes dearer: 430 µs for 1 MiB with 32 KiB, 250 µs with this and with all at once.
+PIECE = 128 << 10
+# The disk begins with a large write at once, while the next one is received, or a flush behind many of them would begin
+# with all (see Linux' sync_file_range(2): no more than a hint here, nothing relies on it).
+_WRITE_BEHIND = 64 << 10
+_SYNC_FILE_RANGE_WRITE = 2
 
 _PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, linux/falloc.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = _libc.fallocate64 if hasattr(_libc, "fallocate64") else _libc.fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+_sync_file_range = _libc.sync_file_range
+_sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
 def punch_hole(fd: int, offset: int, length: int) -> bool:
@@ -42,10 +53,14 @@ def punch_hole(fd: int, offset: int, length: int) -> bool:
 
 
 def pwrite_all(fd: int, data: Buffer, offset: int) -> None:
-    """Raises OSError; the range is undefined then."""
-    done = os.pwrite(fd, data, offset)
-    while done < len(data):
-        done += os.pwrite(fd, memoryview(data)[done:], offset + done)
+    """In pieces of `PIECE`. Raises OSError; the range is undefined then."""
+    if len(data) < _WRITE_BEHIND and os.pwrite(fd, data, offset) == len(data):
+        return
+    view, done = memoryview(data), 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done : done + PIECE - (offset + done) % PIECE], offset + done)
+    if done >= _WRITE_BEHIND:
+        _sync_file_range(fd, offset, done, _SYNC_FILE_RANGE_WRITE)
 
 
 def extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -64,19 +79,21 @@ def extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 class Chain:
-    def __init__(self, layers: list[int], size: int, max_chunks: int | None = None) -> None:
+    def __init__(
+        self, layers: list[int], size: int, max_mixed: int | None = None, sums: Sequence[Sums] | None = None
+    ) -> None:
         """`layers` are descriptors, the oldest snapshot first, the head last; the caller closes them.
 
-        `max_chunks` bounds the index, in KiB.
+        `max_mixed` bounds the index, in KiB. `sums` are those of the layers, for `read_checked`.
         """
         self.size = size
         self._layers = list(layers)
         self._head = layers[-1]
         self._level = len(layers)
         self._single = len(layers) == 1
-        self._index: dict[int, bytearray] = {}
-        self._max_chunks = max_chunks
+        self._index = LayerIndex(max_mixed)
         self._moved: tuple[int, int] | None = None
+        self.sums = sums or ()
 
     def push(self, head: int) -> None:
         """The head becomes a snapshot below `head`, which is empty."""
@@ -93,11 +110,10 @@ class Chain:
         start = self._moved[1] if self._moved is not None and self._moved[0] == level else 0
         self._moved = level, end
         first, last = start // CHUNK, -(-end // CHUNK)
-        numbers = range(first, last) if last - first < len(self._index) else list(self._index)
-        for number in numbers:
-            chunk = self._index.get(number)
-            if chunk is not None:
-                self._lower(chunk, number * CHUNK)
+        known = self._index.chunks
+        for number in range(first, last) if last - first < len(known) else list(known):
+            if (count := min(CHUNK, end - number * CHUNK) // BLOCK) > 0:
+                self._index.lower(number, count, level)
 
     def forget_moved(self) -> None:
         """Nothing goes away any more: the files tell where everything is."""
@@ -105,9 +121,7 @@ class Chain:
 
     def merged(self, level: int) -> None:
         """Layer `level` holds all of layer `level` + 1, which is no longer part of the chain."""
-        table = bytes(value if value <= level else value - 1 for value in range(256))
-        for number, chunk in self._index.items():
-            self._index[number] = chunk.translate(table)
+        self._index.renumber(bytes(value if value <= level else value - 1 for value in range(256)))
         del self._layers[level]
         self._level -= 1
         self._single = self._level == 1
@@ -120,8 +134,45 @@ class Chain:
         if count > 0:
             chunk[:count] = chunk[:count].replace(bytes((level + 1,)), bytes((level,)))
 
+    def read_checked(self, offset: int, length: int) -> tuple[bytes, int]:
+        """The bytes and their CRC-32C. Raises CorruptBlockError, OSError."""
+        if (offset | length) & (BLOCK - 1):
+            start = offset & -BLOCK
+            whole, _ = self.read_checked(start, (offset + length - start + BLOCK - 1) & -BLOCK)
+            data = whole[offset - start : offset - start + length]
+            return data, crc32c(data)
+        if self._single:
+            data = os.pread(self._head, length, offset)
+            if len(data) != length:
+                data = self._rest(self._head, data, offset, length)
+            crc: int = crc32c(data)
+            bad = self.sums[0].check(offset, data, crc)
+            if bad >= 0:
+                raise self.sums[0].corrupt(bad)
+            return data, crc
+        parts: list[bytes] = []
+        at, end = offset, offset + length
+        while at < end:
+            level, stop = self._run(at, end)
+            if level:
+                fd, sums = self._layers[level - 1], self.sums[level - 1]
+                data = self._rest(fd, os.pread(fd, stop - at, at), at, stop - at)
+                crc = crc32c(data)
+                bad = sums.check(at, data, crc)
+                if bad >= 0:
+                    raise sums.corrupt(bad)
+            else:
+                data = bytes(stop - at)
+                crc = crc32c(data)
+            parts.append(data)
+            at = stop
+        if len(parts) == 1:
+            return parts[0], crc
+        data = b"".join(parts)
+        return data, crc32c(data)
+
     def read(self, offset: int, length: int) -> bytes:
-        """Raises OSError."""
+        """Without a look at the checksums. Raises OSError."""
         if self._single:
             data = os.pread(self._head, length, offset)
             return data if len(data) == length else self._rest(self._head, data, offset, length)
@@ -149,8 +200,7 @@ class Chain:
     def write(self, offset: int, data: Buffer) -> None:
         """Raises OSError; the range is undefined then."""
         if self._single:
-            if os.pwrite(self._head, data, offset) != len(data):
-                pwrite_all(self._head, data, offset)
+            pwrite_all(self._head, data, offset)
             return
         start, end = offset, offset + len(data)
         # what lies below a block that the head takes over in part comes up with it, in the same pwrite
@@ -165,6 +215,15 @@ class Chain:
             self._forget(start, end)
             raise
         self._set(start // BLOCK, -(-end // BLOCK), self._level)
+
+    def pieces(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """(descriptor, start, end) of every part of `start..end` that a layer holds. Raises OSError."""
+        at = start
+        while at < end:
+            level, stop = self._run(at, end)
+            if level:
+                yield self._layers[level - 1], at, stop
+            at = stop
 
     def _below(self, start: int, end: int) -> bytes:
         """This part of a block when a layer below the head holds it, else nothing."""
@@ -192,7 +251,7 @@ class Chain:
         """Whole blocks of one chunk: a hole only where no lower layer would show through it."""
         covered = bytearray((end - start) // BLOCK)
         for fd in self._layers[:-1]:
-            _paint(covered, extents(fd, start, end), start, 1)
+            paint(covered, extents(fd, start, end), start, 1)
         at = 0
         while at < len(covered):
             below = covered[at]
@@ -205,19 +264,17 @@ class Chain:
                 self.write(offset, bytes(length))
             at = stop
 
-    def _chunk(self, number: int) -> bytearray:
-        chunk = self._index.get(number)
-        if chunk is None:
-            if len(self._index) >= (self._max_chunks or MAX_CHUNKS):
-                self._index.clear()
-            chunk = bytearray(_CHUNK_BLOCKS)
-            start = number * CHUNK
-            for level, fd in enumerate(self._layers, 1):
-                _paint(chunk, extents(fd, start, start + CHUNK), start, level)
-            if self._moved is not None:  # the upper layer may have lost a block since it was looked at
-                self._lower(chunk, start)
-            self._index[number] = chunk
-        return chunk
+    def _chunk(self, number: int) -> bytes | bytearray:
+        known = self._index.chunks.get(number)
+        if known is not None:
+            return known
+        chunk = bytearray(CHUNK_BLOCKS)
+        start = number * CHUNK
+        for level, fd in enumerate(self._layers, 1):
+            paint(chunk, extents(fd, start, start + CHUNK), start, level)
+        if self._moved is not None:  # the upper layer may have lost a block since it was looked at
+            self._lower(chunk, start)
+        return self._index.put(number, chunk)
 
     def _run(self, at: int, end: int) -> tuple[int, int]:
         """Layer of the block at `at`, and how far (up to `end`, within the chunk) the same layer goes on."""
@@ -225,26 +282,34 @@ class Chain:
         start = at - at % CHUNK
         block = (at - start) // BLOCK
         level = chunk[block]
-        last = min(_CHUNK_BLOCKS, -(-(end - start) // BLOCK))
+        last = min(CHUNK_BLOCKS, -(-(end - start) // BLOCK))
         while block < last and chunk[block] == level:
             block += 1
         return level, min(end, start + block * BLOCK)
 
     def _set(self, first: int, last: int, level: int) -> None:
         while first < last:
-            number, at = divmod(first, _CHUNK_BLOCKS)
-            count = min(last - first, _CHUNK_BLOCKS - at)
-            chunk = self._index.get(number)
-            if chunk is not None:
-                chunk[at : at + count] = bytes((level,)) * count
+            number, at = divmod(first, CHUNK_BLOCKS)
+            count = min(last - first, CHUNK_BLOCKS - at)
+            self._index.paint(number, at, count, level)
             first += count
+
+    def changed(self, offset: int, length: int) -> None:
+        """A layer was written past this object."""
+        first, last = offset // CHUNK, (offset + length - 1) // CHUNK
+        if last - first < len(self._index.chunks):
+            self._forget(offset, offset + length)
+        else:
+            for number in [number for number in self._index.chunks if first <= number <= last]:
+                self._index.forget(number)
 
     def _forget(self, start: int, end: int) -> None:
         for number in range(start // CHUNK, (end - 1) // CHUNK + 1):
-            self._index.pop(number, None)
+            self._index.forget(number)
 
 
-def _paint(blocks: bytearray, extents: Iterator[tuple[int, int]], base: int, value: int) -> None:
+def paint(blocks: bytearray, extents: Iterator[tuple[int, int]], base: int, value: int) -> None:
+    """Set `value` for each block, counted from offset `base`, that an extent touches."""
     for start, end in extents:
         first, last = (start - base) // BLOCK, -(-(end - base) // BLOCK)
         blocks[first:last] = bytes((value,)) * (last - first)

@@ -18,6 +18,8 @@ import msgspec
 from engine.durable import sync_directory
 from engine.store.chain import extents, punch_hole, pwrite_all
 from engine.store.layout import read_image_meta, remove_image, write_image_meta
+from engine.store.sharing import changing
+from engine.store.sums import sums_file
 from engine.store.views import Views
 
 BLOCK = 4096
@@ -35,6 +37,7 @@ class Merge:
         # all of the child below it is in the removed one, synced, and known to be there to whoever reads
         self.cursor = 0
         self.punched = 0
+        self.without_sums = False
         self.files: list[int] = []
         if child:
             try:
@@ -71,7 +74,10 @@ class CoalesceStep:
         self._metadata = metadata
 
     def run(self) -> None:
-        """Raises StoreError, OSError. After ENOSPC and EDQUOT try again, after another OSError close the replica."""
+        """Raises StoreError, OSError. After ENOSPC and EDQUOT try again, after another OSError close the replica.
+
+        SnapshotInUseError while one of the two images is a clone's too.
+        """
         merge = self.merge
         if not merge.child:
             with self._views.without(merge.removed):
@@ -80,6 +86,12 @@ class CoalesceStep:
             sync_directory(merge.directory)
             self.done = True
             return
+        with changing(merge.directory, (merge.removed, merge.child), merge.files):
+            self._drop_sums()
+            self._fold()
+
+    def _fold(self) -> None:
+        merge = self.merge
         into, child = merge.files
         # an interrupted swap: both names are the one merged file, and a hole in it would be in both
         if not os.path.samestat(os.fstat(into), os.fstat(child)):
@@ -100,6 +112,15 @@ class CoalesceStep:
         with self._views.without(merge.child):
             self._metadata(self._swap)
         self.done = True
+
+    def _drop_sums(self) -> None:
+        """Both files change from here on."""
+        merge = self.merge
+        if not merge.without_sums:
+            for image in (merge.removed, merge.child):
+                (merge.directory / sums_file(image)).unlink(missing_ok=True)
+            sync_directory(merge.directory)
+            merge.without_sums = True
 
     def _copy(self, into: int, child: int, size: int) -> bool:
         """Copy up to the budget, and sync it; True when nothing is left to copy."""

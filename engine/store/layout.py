@@ -13,15 +13,17 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
+from engine.decoding import UNDECODABLE, Counter
 from engine.durable import replace_file, sync_directory
 from engine.errors import FormatError, StoreError
-from engine.store.maps import INTENT_MAP, create_map, extend_map, list_changes
+from engine.store.maps import INTENT_MAP, create_map
+from engine.store.sums import SUFFIX
 
 FORMAT = 1
 BLOCK = 4096
@@ -33,14 +35,15 @@ VOLUME_META = "volume.meta"
 IDENTITY = "share-manager.json"
 REVISION = "revision.counter"
 RESERVE = "share-manager.reserve"
+REBUILD = "rebuild.json"
 RESERVE_SIZE = 256 << 10
 FIRST_HEAD = "volume-head-000.img"
 _PATIENCE = 4
 
 HEAD_IMAGE = re.compile(r"volume-head-(\d{3,})\.img")
 SNAPSHOT_IMAGE = re.compile(r"volume-snap-([^/\0]+)\.img")
-# ".checksum" is Longhorn's own
-_IMAGE_FILES = ("", ".checksum", ".meta")
+# ".checksum" is Longhorn's own; our sums go first, so that none are left for an image that gets the same name
+_IMAGE_FILES = (SUFFIX, "", ".checksum", ".meta")
 
 
 class VolumeMeta(msgspec.Struct, frozen=True, kw_only=True, rename="pascal"):
@@ -74,8 +77,8 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     volume: str
     uuid: str
     replica: str
-    epoch: int = 0
-    incarnation: int = 0
+    epoch: Counter = 0
+    incarnation: Counter = 0
 
 
 class ReplicaInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,7 +122,7 @@ def _read(directory: Path, name: str) -> bytes:
 def _decode(directory: Path, name: str, raw: bytes, kind: type[_T]) -> _T:
     try:
         return msgspec.json.decode(raw, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNDECODABLE as error:
         raise FormatError(directory, f"{name} is damaged: {error}") from error
 
 
@@ -127,7 +130,7 @@ def _write_json(path: Path, value: msgspec.Struct) -> None:
     known: dict[str, Any] = msgspec.to_builtins(value)
     try:
         found = msgspec.json.decode(path.read_bytes())
-    except (FileNotFoundError, msgspec.DecodeError):
+    except (FileNotFoundError, *UNDECODABLE):
         found = {}
     kept = {key: value for key, value in found.items() if key not in known} if isinstance(found, dict) else {}
     # one compact line, as Go's json.Encoder writes it
@@ -188,6 +191,13 @@ def remove_image(directory: Path, image: str) -> None:
         (directory / (image + suffix)).unlink(missing_ok=True)
 
 
+def remove_sums(directory: Path, image: str) -> None:
+    """Before the image becomes another file. Durable only with the next fsync of the directory. Raises OSError."""
+    for suffix in _IMAGE_FILES:
+        if suffix not in ("", ".meta"):
+            (directory / (image + suffix)).unlink(missing_ok=True)
+
+
 def read_chain(directory: Path, head: str) -> tuple[str, ...]:
     """Image names from the head down to the oldest snapshot. Raises StoreError."""
     chain = [head]
@@ -225,9 +235,26 @@ def check_size(directory: Path, size: int) -> None:
         raise StoreError(directory, f"size {size} is not a positive multiple of {BLOCK} bytes")
 
 
-def create_replica(directory: Path, *, volume: str, uuid: str, replica: str, size: int) -> None:
-    """Make an empty replica of `size` bytes, wholly or not at all. Raises StoreError."""
+def create_replica(
+    directory: Path, *, volume: str, uuid: str, replica: str, size: int, rebuilding: bool = False
+) -> None:
+    """Make an empty replica of `size` bytes, wholly or not at all.
+
+    With `rebuilding` its volume has data already, with which an engine is to fill it. Raises StoreError.
+    """
     check_size(directory, size)
+
+    def make(building: Path) -> None:
+        fill(building, volume=volume, uuid=uuid, replica=replica, size=size, rebuilding=rebuilding)
+
+    build_replica(directory, make)
+
+
+def build_replica(directory: Path, make: Callable[[Path], None]) -> None:
+    """Have `make` fill a directory that then takes the place of `directory`, wholly or not at all.
+
+    Raises StoreError, also for the OSError of `make`.
+    """
     directory = directory.absolute()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise StoreError(directory, "cannot create a replica here: it exists already and is not empty")
@@ -237,18 +264,21 @@ def create_replica(directory: Path, *, volume: str, uuid: str, replica: str, siz
         shutil.rmtree(building, ignore_errors=True)
         try:
             building.mkdir(mode=0o700)
-            _fill(building, volume=volume, uuid=uuid, replica=replica, size=size)
+            make(building)
             os.rename(building, directory)
             sync_directory(directory.parent)
-        except OSError:
+        except (OSError, StoreError):
             shutil.rmtree(building, ignore_errors=True)
             raise
 
 
-def _fill(directory: Path, *, volume: str, uuid: str, replica: str, size: int) -> None:
-    _truncate(directory / FIRST_HEAD, size, os.O_CREAT | os.O_EXCL)
+def fill(
+    directory: Path, *, volume: str, uuid: str, replica: str, size: int, parent: str = "", rebuilding: bool = False
+) -> None:
+    """All files of a replica whose head is empty; `parent` is the image below it, which is there. Raises OSError."""
+    extend_image(directory / FIRST_HEAD, size, os.O_CREAT | os.O_EXCL)
     created = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    _write_json(directory / f"{FIRST_HEAD}.meta", ImageMeta(name=FIRST_HEAD, created=created))
+    _write_json(directory / f"{FIRST_HEAD}.meta", ImageMeta(name=FIRST_HEAD, parent=parent, created=created))
     replace_file(directory / REVISION, b"0".ljust(REVISION_SIZE, b"\0"))
     fd = create_map(directory / INTENT_MAP, size)
     try:
@@ -256,7 +286,10 @@ def _fill(directory: Path, *, volume: str, uuid: str, replica: str, size: int) -
     finally:
         os.close(fd)
     make_reserve(directory)
-    write_volume_meta(directory, VolumeMeta(size=size, head=FIRST_HEAD))
+    if rebuilding:
+        # promises nothing, so that no map of changes is ever taken for all that is missing
+        replace_file(directory / REBUILD, b'{"format":1}\n', mode=0o600)
+    write_volume_meta(directory, VolumeMeta(size=size, head=FIRST_HEAD, parent=parent, rebuilding=rebuilding))
     write_identity(directory, Identity(volume=volume, uuid=uuid, replica=replica))
 
 
@@ -276,6 +309,8 @@ def adopt_replica(directory: Path, *, volume: str, uuid: str, replica: str) -> N
             if not (directory / image).is_file():
                 raise FormatError(directory, f"{image} is missing")
         with store_errors(directory, "adopt the replica"):
+            for sums in directory.glob(f"*.img{SUFFIX}"):
+                sums.unlink()  # of an earlier life with us: Longhorn has written since
             if not (directory / REVISION).exists():
                 replace_file(directory / REVISION, b"0".ljust(REVISION_SIZE, b"\0"))
             fd = create_map(directory / INTENT_MAP, meta.size)
@@ -291,10 +326,22 @@ def adopt_replica(directory: Path, *, volume: str, uuid: str, replica: str) -> N
 
 
 def make_reserve(directory: Path) -> None:
-    """Keep room for metadata on a disk that becomes full. Raises OSError."""
+    """Keep room for metadata on a disk that becomes full, less than usual when there is no more. Raises OSError."""
     path = directory / RESERVE
-    if not path.exists():
-        replace_file(path, bytes(RESERVE_SIZE), mode=0o600)
+    held = 0
+    with contextlib.suppress(FileNotFoundError):
+        found = path.stat()
+        held = min(found.st_size, found.st_blocks * 512)
+    size = RESERVE_SIZE
+    while held < size:
+        try:
+            # no zeros: a copy that saves them as a hole would keep no room
+            replace_file(path, b"reserve\n" * (size // 8), mode=0o600)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or size < 2 * BLOCK:
+                raise
+            size //= 2
 
 
 def drop_reserve(directory: Path) -> bool:
@@ -307,7 +354,8 @@ def drop_reserve(directory: Path) -> bool:
     return True
 
 
-def _truncate(path: Path, size: int, flags: int = 0) -> None:
+def extend_image(path: Path, size: int, flags: int = 0) -> None:
+    """Make it at least `size` bytes long, durably. Raises OSError."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
     try:
         if os.fstat(fd).st_size < size:
@@ -344,27 +392,3 @@ def _inspect(directory: Path) -> ReplicaInfo:
         dirty=meta.dirty,
         rebuilding=meta.rebuilding,
     )
-
-
-def resize_replica(directory: Path, size: int) -> None:
-    """Grow to `size` bytes; doing it again, also after a crash in between, is harmless. No server may be running.
-
-    Raises StoreError.
-    """
-    check_size(directory, size)
-    lock = lock_directory(directory)
-    try:
-        read_identity(directory)
-        meta = read_volume_meta(directory)
-        if size < meta.size:
-            raise StoreError(directory, f"cannot shrink from {meta.size} to {size} bytes")
-        if size == meta.size:
-            return
-        with store_errors(directory, "resize the replica"):
-            # volume.meta last: until it is there the larger files are only unused room
-            _truncate(directory / meta.head, size)
-            for name in (INTENT_MAP, *list_changes(directory).values()):
-                extend_map(directory / name, size)
-            write_volume_meta(directory, msgspec.structs.replace(meta, size=size))
-    finally:
-        os.close(lock)

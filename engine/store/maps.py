@@ -8,13 +8,15 @@ Only `MapSync.run` may be called from another thread.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import struct
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
-from google_crc32c import value as crc32c
+from crc32c import crc32c
 
 from engine.durable import sync_directory
 from engine.errors import FormatError, StoreError
@@ -79,17 +81,44 @@ def create_map(path: Path, size: int, bits: bytes | bytearray = b"") -> int:
 
 
 def extend_map(path: Path, size: int) -> None:
-    """Grow the map to a volume of `size` bytes; harmless when done already. Raises OSError, StoreError."""
-    fd, bits, count = _open_map(path)
+    """Grow the map to a volume of `size` bytes; harmless when done already, and beside an open `RegionMaps`.
+
+    Raises OSError, StoreError.
+    """
+    fd, _, count = _open_map(path)
     try:
         wanted = region_count(size)
         if wanted > count:
-            _pwrite_all(fd, bits.ljust(_bitmap_size(wanted), b"\0"), DATA_OFFSET)
+            # the bits that are there belong to whoever has the map open
+            begin, end = _bitmap_size(count), _bitmap_size(wanted)
+            _pwrite_all(fd, bytes(end - begin), DATA_OFFSET + begin)
             os.fsync(fd)
             _pwrite_all(fd, _header(wanted), 0)
             os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def create_full_map(directory: Path, name: str, size: int) -> None:
+    """A map of departed replica `name` in which everything has changed, in place of any there is.
+
+    Durable with the next fsync of the directory. Raises OSError.
+    """
+    count = region_count(size)
+    temporary = directory / f".{changes_map(name)}.tmp"
+    fd = create_map(temporary, size, ((1 << count) - 1).to_bytes(_bitmap_size(count), "little"))
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.replace(temporary, directory / changes_map(name))
+
+
+def read_map(path: Path) -> int:
+    """The bits of a map that nobody has open, region 0 lowest. Raises OSError, StoreError."""
+    fd, bits, _ = _open_map(path)
+    os.close(fd)
+    return int.from_bytes(bits, "little")
 
 
 def list_changes(directory: Path) -> dict[str, str]:
@@ -124,6 +153,13 @@ def _open_map(path: Path) -> tuple[int, bytearray, int]:
         os.close(fd)
         raise
     return fd, bits, count
+
+
+def _fill_holes(fd: int) -> None:
+    """A copy that saved zeros as holes would need room for a bit, on a disk that may have none. Raises OSError."""
+    found = os.fstat(fd)
+    if found.st_blocks * 512 < found.st_size:
+        _pwrite_all(fd, os.pread(fd, found.st_size, 0), 0)
 
 
 def set_bits(bits: bytes | bytearray) -> list[int]:
@@ -192,6 +228,20 @@ class TrackSync:
         sync_directory(self.directory)
 
 
+class Watcher(Protocol):
+    """Who must know which regions may be written."""
+
+    def entered(self, regions: Iterable[int]) -> int:
+        """They will be written after the sync that begins now, which must include this descriptor (-1: none).
+
+        Raises OSError."""
+        ...
+
+    def left(self, regions: Iterable[int]) -> None:
+        """They are not written before they are entered again, and what they hold is on disk."""
+        ...
+
+
 class RegionMaps:
     def __init__(self, directory: Path, size: int) -> None:
         """Open the maps of a replica of `size` bytes. Raises StoreError, OSError."""
@@ -202,6 +252,7 @@ class RegionMaps:
         self._syncs = 0
         self._fresh: list[int] = []
         self._tracked: dict[str, _MapFile] = {}
+        self.watcher: Watcher | None = None
         self._intent = self._open(INTENT_MAP)
         try:
             for name, file in sorted(list_changes(directory).items()):
@@ -214,6 +265,13 @@ class RegionMaps:
             self.close()
             raise
 
+    def grow(self, size: int) -> None:
+        """The files were extended (`extend_map`) to a volume of `size` bytes."""
+        self._size, self.count = size, region_count(size)
+        for file in (self._intent, *self._tracked.values()):
+            file.bits.extend(bytes(_bitmap_size(self.count) - len(file.bits)))
+        self.regions.grow(self.count)
+
     def _open(self, name: str) -> _MapFile:
         fd, bits, count = _open_map(self.directory / name)
         # a map larger than the volume is what an interrupted resize leaves
@@ -221,6 +279,8 @@ class RegionMaps:
         if count < self.count or (bits and bits[-1] >> ((self.count - 1) % 8 + 1)):
             os.close(fd)
             raise FormatError(self.directory, f"{name} is damaged: it does not fit the volume's {self.count} regions")
+        with contextlib.suppress(OSError):
+            _fill_holes(fd)
         return _MapFile(fd, bits)
 
     def touch(self, offset: int, length: int, seq: int) -> bool:
@@ -239,11 +299,14 @@ class RegionMaps:
         """Write what was marked, and return the sync that makes it durable. Raises OSError."""
         regions, self._fresh = self._fresh, []
         files = [self._intent, *self._tracked.values()]
+        fds = [file.fd for file in files]
         if regions:
             for file in files:
                 file.add(regions)
+            if self.watcher is not None and (also := self.watcher.entered(regions)) >= 0:
+                fds.append(also)
         self._syncs += 1
-        return MapSync([file.fd for file in files], regions)
+        return MapSync(fds, regions)
 
     def finish(self, sync: MapSync) -> None:
         """`sync.run` succeeded."""
@@ -268,10 +331,29 @@ class RegionMaps:
         """A clean close; the head is synced. Inherited bits that nobody settled stay. Raises OSError."""
         self._clear(self.regions.clear_settled_attachment())
 
+    def filling(self, on: bool) -> None:
+        """Whether the replica is being rebuilt, so that `filled` counts."""
+        self.regions.filling = {} if on else None
+
+    def filled(self, offset: int, length: int, seq: int) -> None:
+        """Request `seq` made these bytes what an in-sync replica has; its bits are needed until that is synced."""
+        end = self.count if offset + length >= self._size else (offset + length) >> REGION_SHIFT
+        self.regions.filled(-(-offset >> REGION_SHIFT), end, seq)
+
+    def take_filled(self) -> dict[int, int]:
+        """What was filled since the last call: the number of the last such request, by region."""
+        return self.regions.take_filled()
+
+    def fill_synced(self, taken: dict[int, int]) -> None:
+        """That is on disk now: where nothing was written later, this replica is like its source. Raises OSError."""
+        self._clear(self.regions.fill_synced(taken))
+
     def _clear(self, regions: list[int]) -> None:
         # never synced: a bit that is back after a crash costs a comparison, nothing else
         if regions:
             self._intent.clear(regions)
+            if self.watcher is not None:
+                self.watcher.left(regions)
 
     @property
     def tracked(self) -> tuple[str, ...]:

@@ -34,6 +34,13 @@ class Regions:
         self._last: dict[int, tuple[int, float]] = {}  # ordered by the time of the last touch
         self._bound = 0
         self.now = 0.0
+        # while the replica is rebuilt: the last request that made a region like the source's
+        self.filling: dict[int, int] | None = None
+
+    def grow(self, count: int) -> None:
+        """There are `count` regions now; the new ones are clear."""
+        self._state.extend(bytes(count - self.count))
+        self.count = count
 
     def touch(self, first: int, last: int, seq: int) -> bool:
         """Note that write `seq` is about to touch regions `first..last`; True when it may do so at once."""
@@ -46,6 +53,13 @@ class Regions:
             if state[region] != DURABLE:
                 durable = False
         return durable
+
+    def state(self, region: int) -> int:
+        """`CLEAR`, `PENDING` or `DURABLE`."""
+        return self._state[region]
+
+    def dirty_regions(self) -> list[int]:
+        return [region for region, state in enumerate(self._state) if state != CLEAR]
 
     def missing(self, first: int, last: int) -> list[int]:
         """Regions among `first..last` whose bit is not known to be durable."""
@@ -100,6 +114,26 @@ class Regions:
             self._state[region] = CLEAR
         return cleared
 
+    def filled(self, first: int, end: int, seq: int) -> None:
+        """Request `seq` gave regions `first` to `end` - 1 the content that they have in sync, whatever was there."""
+        if self.filling is not None:
+            self.filling.update(dict.fromkeys(range(first, end), seq))
+
+    def take_filled(self) -> dict[int, int]:
+        taken, self.filling = self.filling or {}, None if self.filling is None else {}
+        return taken
+
+    def fill_synced(self, taken: dict[int, int]) -> list[int]:
+        """What was filled is on disk; return the regions that are now clear: those without a later write."""
+        cleared = []
+        for region, seq in taken.items():
+            if self._last.get(region, (0, 0.0))[0] <= seq and self._state[region] == DURABLE:
+                self._last.pop(region, None)
+                self._inherited.discard(region)
+                self._state[region] = CLEAR
+                cleared.append(region)
+        return cleared
+
     def clear_settled_attachment(self) -> list[int]:
         """A clean close: everything this attachment wrote is flushed everywhere. Inherited bits stay."""
         cleared = [region for region in self._last if region not in self._inherited and self._state[region] == DURABLE]
@@ -110,8 +144,10 @@ class Regions:
 
     def inherit(self) -> None:
         """A new attachment begins, whose seq numbers say nothing of the bits that are set."""
-        self._inherited = {region for region, state in enumerate(self._state) if state != CLEAR}
+        self._inherited = set(self.dirty_regions())
         self._last.clear()
+        if self.filling is not None:
+            self.filling = {}
         self._bound = 0
 
     @property

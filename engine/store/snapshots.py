@@ -10,13 +10,14 @@ import contextlib
 import datetime
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
 
 from engine.errors import StoreError
 from engine.store.layout import HEAD_IMAGE, SNAPSHOT_IMAGE, ImageMeta, read_image_meta, remove_image
+from engine.store.sums import SUFFIX
 
 # bytes of JSON; 254 snapshots are still told in one frame
 MAX_LABELS = 2048
@@ -30,6 +31,7 @@ class SnapshotInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     `size` is that of the volume then, `allocated` what its own image occupies: the data that was written between its
     parent and it. `children` counts the images that build on it, the head included; `live` ones are below the head.
+    `pinned`: it cannot be merged away before a clone, or this volume as one, is independent.
     """
 
     name: str
@@ -42,6 +44,7 @@ class SnapshotInfo(msgspec.Struct, frozen=True, kw_only=True):
     size: int
     allocated: int
     labels: dict[str, str]
+    pinned: bool = False
 
 
 def snapshot_image(name: str) -> str:
@@ -65,25 +68,31 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def fault(name: str, labels: dict[str, str]) -> str:
+    """What a new snapshot cannot have of this; empty when it can."""
+    if not _NAME.fullmatch(name) or name == "volume-head":  # Longhorn's name for the head
+        return (
+            f"{name!r} cannot be the name of a snapshot: up to 128 of letters, digits, '.', '_' and '-', "
+            "a letter or digit first"
+        )
+    if len(msgspec.json.encode(labels)) > MAX_LABELS:
+        return f"the labels of snapshot {name!r} need more than {MAX_LABELS} bytes"
+    return ""
+
+
 def check_new(directory: Path, name: str, created: str, labels: dict[str, str]) -> None:
     """Raises StoreError for what a new snapshot cannot have."""
-    if not _NAME.fullmatch(name) or name == "volume-head":  # Longhorn's name for the head
-        raise StoreError(
-            directory,
-            f"{name!r} cannot be the name of a snapshot: up to 128 of letters, digits, '.', '_' and '-', "
-            "a letter or digit first",
-        )
+    if reason := fault(name, labels):
+        raise StoreError(directory, reason)
     if not _CREATED.fullmatch(created):
         raise StoreError(directory, f"{created!r} is not a time in UTC as RFC 3339 writes it")
-    if len(msgspec.json.encode(labels)) > MAX_LABELS:
-        raise StoreError(directory, f"the labels of snapshot {name!r} need more than {MAX_LABELS} bytes")
 
 
 def clean_leftovers(directory: Path, chain: tuple[str, ...]) -> None:
     """Delete what an interrupted change of the chain left. The directory is locked, the chain whole. Raises OSError.
 
-    These are heads that are not the head, metadata of a removed snapshot whose image is gone, and a snapshot that
-    still is the head: its second name was made, and `volume.meta` was not yet written.
+    These are heads that are not the head, sums without an image, metadata of a removed snapshot whose image is gone,
+    and a snapshot that still is the head: its second name was made, and `volume.meta` was not yet written.
     """
     names = set(os.listdir(directory))
     head = chain[0]
@@ -93,6 +102,9 @@ def clean_leftovers(directory: Path, chain: tuple[str, ...]) -> None:
         if HEAD_IMAGE.fullmatch(image):
             if image != head:
                 remove_image(directory, image)
+        elif name.endswith(SUFFIX):
+            if name.removesuffix(SUFFIX) not in names:
+                (directory / name).unlink(missing_ok=True)
         elif SNAPSHOT_IMAGE.fullmatch(image) and image not in chain:
             if image not in names:
                 with contextlib.suppress(StoreError):
@@ -121,7 +133,9 @@ def read_snapshots(directory: Path, chain: Iterable[str]) -> dict[str, ImageMeta
     return found
 
 
-def describe(directory: Path, snapshots: dict[str, ImageMeta], chain: tuple[str, ...]) -> list[SnapshotInfo]:
+def describe(
+    directory: Path, snapshots: dict[str, ImageMeta], chain: tuple[str, ...], pinned: Callable[[str], bool]
+) -> list[SnapshotInfo]:
     """The live ones first, the oldest first; then the others, parents first. Raises OSError."""
     live = [image for image in reversed(chain) if image in snapshots]
     infos = []
@@ -140,6 +154,7 @@ def describe(directory: Path, snapshots: dict[str, ImageMeta], chain: tuple[str,
                 size=found.st_size,
                 allocated=found.st_blocks * 512,
                 labels=meta.labels or {},
+                pinned=pinned(image),
             )
         )
     return infos

@@ -25,6 +25,7 @@ from engine.store.layout import (
     write_volume_meta,
 )
 from engine.store.snapshots import next_head, snapshot_name
+from engine.store.sums import sums_file
 
 
 class HeadSwitch:
@@ -96,7 +97,10 @@ class HeadSwitch:
                 if not os.path.samefile(directory / image, directory / self._old):
                     raise SnapshotExistsError(directory, snapshot_name(image))
                 (directory / image).unlink()
-            (directory / f"{image}.meta").unlink(missing_ok=True)
+            for leftover in (f"{image}.meta", sums_file(image)):
+                (directory / leftover).unlink(missing_ok=True)
+            if (directory / sums_file(self._old)).exists():
+                os.link(directory / sums_file(self._old), directory / sums_file(image))
             os.link(directory / self._old, directory / image)
             # keys that only another release knows come along
             os.link(directory / f"{self._old}.meta", directory / f"{image}.meta")

@@ -14,15 +14,16 @@ from pathlib import Path
 
 from engine.store.chain import Chain
 from engine.store.layout import read_chain
+from engine.store.sums import Sums
 
 # descriptors of all views together; a process has 1024, and the head's chain may need 255
 MAX_LAYERS = 256
-# 4 MiB of index, for 16 GiB of snapshot
-MAX_CHUNKS = 4096
+# 4 MiB of index, for 16 GiB of snapshot in pieces
+MAX_MIXED = 4096
 
 
 class _View:
-    def __init__(self, directory: Path, image: str, size: int) -> None:
+    def __init__(self, directory: Path, image: str, size: int, sums: Callable[[str], Sums]) -> None:
         self.images = read_chain(directory, image)[::-1]
         self.files: list[int] = []
         try:
@@ -31,7 +32,7 @@ class _View:
         except OSError:
             self.close()
             raise
-        self.chain = Chain(self.files, size, MAX_CHUNKS)
+        self.chain = Chain(self.files, size, MAX_MIXED, [sums(image) for image in self.images])
 
     def moved(self, child: str, end: int) -> None:
         if child in self.images[1:]:
@@ -47,26 +48,31 @@ class _View:
 class Views:
     """All methods may be called from any thread."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, sums: Callable[[str], Sums]) -> None:
+        """`sums` gives those of an image."""
         self._directory = directory
+        self._sums = sums
         self._lock = threading.Lock()
         self._open: dict[str, _View] = {}  # the one used longest ago first
         self._moved = "", 0
 
     def read(self, image: str, offset: int, length: int, size: int, check: Callable[[], None]) -> bytes:
-        """Read from a volume of `size` bytes as `image` has it. Raises StoreError, OSError, and what `check` does."""
+        """Read from a volume of `size` bytes as `image` has it.
+
+        Raises StoreError (CorruptBlockError), OSError, and what `check` does.
+        """
         with self._lock:
             check()
             view = self._open.pop(image, None)
             if view is None or view.chain.size != size:
                 if view is not None:
                     view.close()
-                view = _View(self._directory, image, size)
+                view = _View(self._directory, image, size, self._sums)
                 view.moved(*self._moved)
             self._open[image] = view
             while len(self._open) > 1 and sum(len(other.files) for other in self._open.values()) > MAX_LAYERS:
                 self._open.pop(next(iter(self._open))).close()
-            return view.chain.read(offset, length)
+            return view.chain.read_checked(offset, length)[0]
 
     def moved(self, child: str, end: int) -> None:
         """What `child` holds below offset `end` is in its parent too, and goes from `child` after this returns."""
@@ -84,6 +90,12 @@ class Views:
                 if image in view.images:
                     self._open.pop(name).close()
             yield
+
+    def forget(self, start: int, end: int) -> None:
+        """Which image holds what in this range may have changed."""
+        with self._lock:
+            for view in self._open.values():
+                view.chain.changed(start, end - start)
 
     def close(self) -> None:
         with self._lock:

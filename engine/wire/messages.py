@@ -6,10 +6,12 @@ from typing import TypeVar
 
 import msgspec
 
+from engine.decoding import UNDECODABLE, Counter
 from engine.errors import ProtocolError
 
 VERSION_MIN = 1
-VERSION_MAX = 1
+VERSION_MAX = 2
+CONFIRM_SINCE = 2
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -49,22 +51,25 @@ class Open(Message, frozen=True, kw_only=True):
     """Claim the replica for (epoch, incarnation). `volume_uuid` must be that of the directory."""
 
     volume_uuid: str
-    epoch: int
-    incarnation: int
+    epoch: Counter
+    incarnation: Counter
 
 
 class Token(Message, frozen=True, kw_only=True):
     """Payload of a STALE_EPOCH answer: the highest token that the replica has seen."""
 
-    epoch: int
-    incarnation: int
+    epoch: Counter
+    incarnation: Counter
 
 
 class OpenReply(Message, frozen=True, kw_only=True):
     """State of the replica at open.
 
     `size` in bytes, `region_size` in bytes per bit of the maps, `dirty_regions` how many intent bits are set,
-    `tracked` whose change maps it keeps, `rebuilding` whether its content is known to be incomplete.
+    `tracked` whose change maps it keeps, `rebuilding` whether its content is known to be incomplete, `rebuild` whether
+    more is missing than maps can tell: it has to be filled. `origin`, for a clone that is not independent yet, is the
+    "VOLUME@SNAPSHOT" whose data it shares. `older_age` is how many seconds ago, at least, it last confirmed an epoch
+    below this one; None when those have all ended in order.
     """
 
     size: int
@@ -72,6 +77,15 @@ class OpenReply(Message, frozen=True, kw_only=True):
     dirty_regions: int
     tracked: tuple[str, ...]
     rebuilding: bool
+    rebuild: bool = False
+    origin: str = ""
+    older_age: float | None = None
+
+
+class Close(Message, frozen=True, kw_only=True):
+    """The attachment ends in order. With `kept` a successor of the same epoch serves on, by what was confirmed."""
+
+    kept: bool = False
 
 
 class Track(Message, frozen=True, kw_only=True):
@@ -114,12 +128,17 @@ class SnapshotEntry(Message, frozen=True, kw_only=True):
     size: int
     allocated: int
     labels: dict[str, str] = msgspec.field(default_factory=dict)
+    pinned: bool = False
 
 
 class SnapshotsReply(Message, frozen=True, kw_only=True):
-    """The live ones first, the oldest first; then those that a revert left aside, parents first."""
+    """The live ones first, the oldest first; then those that a revert left aside, parents first.
+
+    `head_allocated`: bytes that the head occupies, so what was written since the newest live one.
+    """
 
     snapshots: tuple[SnapshotEntry, ...]
+    head_allocated: int = 0
 
 
 class Revert(Message, frozen=True, kw_only=True):
@@ -156,8 +175,94 @@ class ReadSnapshot(Message, frozen=True, kw_only=True):
     name: str
 
 
+class ReadLayer(Message, frozen=True, kw_only=True):
+    """What the image of a snapshot itself holds in the frame's range; an empty name is the head."""
+
+    name: str = ""
+
+
+class BeginRebuild(Message, frozen=True, kw_only=True):
+    """Become an empty replica with these snapshots, keeping what is known to be right."""
+
+    snapshots: tuple[SnapshotEntry, ...]
+
+
+class Filled(Message, frozen=True, kw_only=True):
+    """A snapshot's image is complete below offset `cursor`; `copied` bytes of data were written for that."""
+
+    cursor: int
+    copied: int = 0
+
+
+class RebuildState(Message, frozen=True, kw_only=True):
+    """How far a rebuild is: the images by name of the snapshot, and the head's cursor.
+
+    A request asks for that to be made durable; the answer to BEGIN_REBUILD says what was.
+    """
+
+    snapshots: dict[str, Filled] = {}
+    head: int = 0
+
+
+class Digest(Message, frozen=True, kw_only=True):
+    """Ask for checksums of what the disk has, in the range of the frame: of the volume, or of a snapshot.
+
+    With `everything` also where its own image holds nothing.
+    """
+
+    snapshot: str = ""
+    everything: bool = False
+
+
+class Mend(Message, frozen=True, kw_only=True):
+    """Put blocks of the head, or of a snapshot's own image, back at the offset of the frame.
+
+    They must be what the checksums remember; a snapshot's are put back with `force` whatever the checksums say.
+    """
+
+    data: bytes
+    snapshot: str = ""
+    force: bool = False
+
+
+class Corrupt(Message, frozen=True, kw_only=True):
+    """Payload of a CORRUPT answer: the block's snapshot, empty when the head holds it, and a text for logs."""
+
+    snapshot: str
+    reason: str
+
+
+class Resize(Message, frozen=True, kw_only=True):
+    """Grow to `size` bytes; a replica that has them already has nothing to do."""
+
+    size: int
+
+
+class Pull(Message, frozen=True, kw_only=True):
+    """One step of making a clone independent, which copies about `budget` bytes; with `finish` also the last one."""
+
+    budget: int
+    finish: bool = False
+
+
+class PullReply(Message, frozen=True, kw_only=True):
+    """`done`: the replica shares nothing (any more). `complete`: all is copied, and `finish` would end it.
+
+    `copied` bytes in this step; `passed` of `total` bytes are done with by now.
+    """
+
+    done: bool
+    complete: bool = False
+    copied: int = 0
+    passed: int = 0
+    total: int = 0
+
+
 class StatusReply(Message, frozen=True, kw_only=True):
-    """What a replica says of itself. Sizes in bytes; `allocated` is what the chain occupies on disk."""
+    """What a replica says of itself. Sizes in bytes; `allocated` is what the chain occupies on disk.
+
+    `corrupt` counts reads that did not match the checksums, `summed_regions` what has checksums, of all images.
+    """
 
     replica: str
     instance: str
@@ -176,6 +281,8 @@ class StatusReply(Message, frozen=True, kw_only=True):
     unmaps: int
     read_bytes: int
     written_bytes: int
+    corrupt: int = 0
+    summed_regions: int = 0
 
 
 _ENCODER = msgspec.msgpack.Encoder(order="deterministic")
@@ -190,7 +297,7 @@ def decode(payload: bytes, kind: type[_M]) -> _M:
     """Raises ProtocolError."""
     try:
         return msgspec.msgpack.decode(payload, type=kind)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except UNDECODABLE as error:
         raise ProtocolError(f"malformed {kind.__name__}: {error}") from error
 
 

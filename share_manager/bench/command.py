@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,8 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from share_manager.bench.flush import FLUSH_TARGETS
 from share_manager.bench.measure import Observer, Outcome, Plan, measure
-from share_manager.bench.model import CELLS, QUICK_CELLS, Workload
+from share_manager.bench.model import CELLS, QUICK_CELLS
+from share_manager.bench.nfs.targets import NFS_TARGETS
 from share_manager.bench.report import print_report, report
 from share_manager.bench.targets import BLOCK_TARGETS, FILE_TARGETS
 from share_manager.errors import InvalidValueError
@@ -27,7 +30,7 @@ app = App(
     name="bench",
     help="Measure every layer side by side: plain file, loop device, engine, known references, filesystem, NFS.",
 )
-NAMES = tuple(target.name for target in (*BLOCK_TARGETS, *FILE_TARGETS))
+NAMES = tuple(target.name for target in (*BLOCK_TARGETS, *FLUSH_TARGETS, *FILE_TARGETS, *NFS_TARGETS))
 LEAST_SIZE, MOST_REPEATS, MOST_SECONDS = 128 << 20, 100, 600
 
 
@@ -43,16 +46,19 @@ def bench(
     targets: Annotated[
         str, Parameter(help=f"Only these, such as plain,loop,engine-3. There are: {', '.join(NAMES)}.")
     ] = ",".join(NAMES),
-    quick: Annotated[bool, Parameter(negative="", help="A look in two minutes: little data, one sample.")] = False,
+    nfs_client: Annotated[
+        str | None, Parameter(help="Program that mounts and loads the NFS targets; default: this kernel's own client.")
+    ] = None,
+    quick: Annotated[bool, Parameter(negative="", help="A look in four minutes: little data, one sample.")] = False,
     output: Annotated[Literal["text", "json"], Parameter(help="Tables, or one JSON document.")] = "text",
 ) -> None:
     """Measure every layer of the data path on one directory, in one run.
 
-    Takes about 20 minutes, with --quick about two. Ctrl-C leaves nothing behind.
+    Takes about 30 minutes, with --quick about four. Ctrl-C leaves nothing behind.
 
     Example: share-manager bench --directory /var/lib/share-manager --quick
     """
-    plan = plan_of(directory, size, seconds, repeats, targets, quick)
+    plan = plan_of(directory, size, seconds, repeats, targets, nfs_client, quick)
     with _progress(plan.steps) as observer:
         outcome, ended_by = trio.run(_until_signalled, plan, observer)
     if ended_by is not None:
@@ -69,7 +75,13 @@ def bench(
 
 
 def plan_of(
-    directory: Path, size: str | None, seconds: float | None, repeats: int | None, targets: str, quick: bool
+    directory: Path,
+    size: str | None,
+    seconds: float | None,
+    repeats: int | None,
+    targets: str,
+    nfs_client: str | None,
+    quick: bool,
 ) -> Plan:
     """Raises InvalidValueError."""
     if not directory.is_dir():
@@ -86,6 +98,8 @@ def plan_of(
     wanted = {name.strip() for name in targets.split(",") if name.strip()}
     if unknown := sorted(wanted - set(NAMES)):
         raise InvalidValueError("--targets", unknown[0], f"the targets are {', '.join(NAMES)}")
+    if nfs_client is not None and not _words(nfs_client):
+        raise InvalidValueError("--nfs-client", nfs_client, "a command line, as a shell would take it")
     if not wanted:
         raise InvalidValueError("--targets", targets, f"name one or more of {', '.join(NAMES)}")
     return Plan(
@@ -94,10 +108,18 @@ def plan_of(
         seconds=seconds,
         repeats=repeats,
         cells=QUICK_CELLS if quick else CELLS,
-        workloads=tuple(Workload),
         block=tuple(target for target in BLOCK_TARGETS if target.name in wanted),
-        files=tuple(target for target in FILE_TARGETS if target.name in wanted),
+        files=tuple(target for target in (*FILE_TARGETS, *NFS_TARGETS) if target.name in wanted),
+        flushes=tuple(target for target in FLUSH_TARGETS if target.name in wanted),
+        nfs_client=nfs_client,
     )
+
+
+def _words(command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return []
 
 
 async def _until_signalled(plan: Plan, observer: Observer) -> tuple[Outcome | None, int | None]:

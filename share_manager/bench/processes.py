@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +44,12 @@ class Server:
 
 @contextlib.asynccontextmanager
 async def serving(
-    name: str, argv: list[str], work: Path, env: Mapping[str, str] | None = None, patience: float = 30
+    name: str,
+    argv: list[str],
+    work: Path,
+    env: Mapping[str, str] | None = None,
+    patience: float = 30,
+    pass_fds: Sequence[int] = (),
 ) -> AsyncIterator[Server]:
     """A server process with its output in `work`; asked to end by SIGTERM and given `patience` seconds for it.
 
@@ -55,7 +60,13 @@ async def serving(
         try:
             # a session of its own: a terminal's Ctrl-C must not end it before what is stacked on it is undone
             process = await trio.lowlevel.open_process(
-                argv, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True, env=env
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+                env=env,
+                pass_fds=tuple(pass_fds),
             )
         except FileNotFoundError:
             raise UnavailableError(f"{argv[0]} is not installed") from None
@@ -63,10 +74,11 @@ async def serving(
         yield Server(name, process.pid, stdout, stderr, process)
     finally:
         with trio.CancelScope(shield=True):
-            await _end(process, patience)
+            await end(process, patience)
 
 
-async def _end(process: trio.Process, patience: float) -> None:
+async def end(process: trio.Process, patience: float) -> None:
+    """SIGTERM, and SIGKILL after `patience` seconds."""
     with trio.move_on_after(patience):
         if process.poll() is None:
             process.terminate()

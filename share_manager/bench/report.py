@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import msgspec
 from rich import box
@@ -14,11 +15,24 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from share_manager.bench.flush import FlushTarget
 from share_manager.bench.measure import Outcome, Plan
-from share_manager.bench.model import Cell, Operation, Pattern, Sample, Workload
+from share_manager.bench.model import (
+    LOCAL_WORKLOADS,
+    NFS_WORKLOADS,
+    Cell,
+    FlushSample,
+    Operation,
+    Pattern,
+    Sample,
+    Workload,
+)
 from share_manager.bench.summary import Spread, ratio, spread, spread_of
+from share_manager.bench.targets import BlockTarget, FileTarget
 
 FORMAT = 1
+Kind = Literal["block", "fsync", "files", "nfs"]
+BLOCK_BASES = ("plain", "loop", "qsd")
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -44,10 +58,23 @@ class WorkloadResult(msgspec.Struct, frozen=True, kw_only=True):
     measured: Measured
 
 
+class FlushResult(msgspec.Struct, frozen=True, kw_only=True):
+    """Times in microseconds, as in `FlushSample`. `ratio`: engine over the sum of the others, each repeat."""
+
+    target: str
+    replicas: int
+    plain_us: Spread
+    round_trip_us: Spread
+    expected_us: Spread
+    engine_us: Spread
+    ratio: Spread
+
+
 class TargetNote(msgspec.Struct, frozen=True, kw_only=True):
     """`unavailable` is empty for a target that was measured to the end."""
 
     name: str
+    kind: Kind
     title: str
     unavailable: str = ""
 
@@ -68,6 +95,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     targets: tuple[TargetNote, ...]
     cells: tuple[CellResult, ...]
     workloads: tuple[WorkloadResult, ...]
+    flushes: tuple[FlushResult, ...] = ()
 
 
 def filesystem_of(path: Path, mountinfo: str) -> str:
@@ -100,9 +128,10 @@ def summarise(samples: Sequence[Sample], bases: dict[str, Sequence[Sample]]) -> 
 
 
 def report(plan: Plan, outcome: Outcome) -> Report:
-    """Ratios are to the first two targets of each kind that the run had."""
-    block_bases = [target.name for target in plan.block if target.name in ("plain", "loop")]
-    file_bases = [target.name for target in plan.files if target.name in ("directory", "ext4-loop")]
+    """Ratios are to those of each target's bases that the run had."""
+    block_bases = [target.name for target in plan.block if target.name in BLOCK_BASES]
+    names = {target.name for target in plan.files}
+    file_bases = {target.name: [base for base in target.bases if base in names] for target in plan.files}
     return Report(
         machine=Machine(
             cpus=len(os.sched_getaffinity(0)),
@@ -114,7 +143,12 @@ def report(plan: Plan, outcome: Outcome) -> Report:
         seconds=plan.seconds,
         repeats=plan.repeats,
         targets=tuple(
-            TargetNote(name=target.name, title=target.title, unavailable=outcome.unavailable.get(target.name, ""))
+            TargetNote(
+                name=target.name,
+                kind=_kind(target),
+                title=target.title,
+                unavailable=outcome.unavailable.get(target.name, ""),
+            )
             for target in plan.targets
         ),
         cells=tuple(
@@ -129,10 +163,39 @@ def report(plan: Plan, outcome: Outcome) -> Report:
             WorkloadResult(
                 target=name,
                 workload=workload,
-                measured=summarise(samples, {base: outcome.workloads.get((base, workload), ()) for base in file_bases}),
+                measured=summarise(
+                    samples, {base: outcome.workloads.get((base, workload), ()) for base in file_bases[name]}
+                ),
             )
             for (name, workload), samples in outcome.workloads.items()
         ),
+        flushes=tuple(
+            _flushed(target, outcome.flushes[target.name])
+            for target in plan.flushes
+            if outcome.flushes.get(target.name)
+        ),
+    )
+
+
+def _kind(target: BlockTarget | FileTarget | FlushTarget) -> Kind:
+    match target:
+        case BlockTarget():
+            return "block"
+        case FlushTarget():
+            return "fsync"
+        case FileTarget():
+            return "nfs" if target.nfs else "files"
+
+
+def _flushed(target: FlushTarget, samples: Sequence[FlushSample]) -> FlushResult:
+    return FlushResult(
+        target=target.name,
+        replicas=target.replicas,
+        plain_us=spread([sample.plain_us for sample in samples]),
+        round_trip_us=spread([sample.round_trip_us for sample in samples]),
+        expected_us=spread([sample.expected_us for sample in samples]),
+        engine_us=spread([sample.engine_us for sample in samples]),
+        ratio=spread([sample.engine_us / sample.expected_us for sample in samples]),
     )
 
 
@@ -156,12 +219,25 @@ def _entry(measured: Measured | None, in_bytes: bool) -> str:
     values = measured.bytes_per_second if in_bytes else measured.per_second
     show = _mebibytes if in_bytes else compact
     ratios = " ".join(f"{value:.2f}" for value in measured.ratios.values())
-    return f"[bold]{show(values.median)}[/bold] {ratios}\n[dim]{show(values.min)}..{show(values.max)}[/dim]"
+    return _shown(values, show, ratios)
+
+
+def _shown(values: Spread, show: Callable[[float], str], beside: str = "") -> str:
+    return f"[bold]{show(values.median)}[/bold] {beside}\n[dim]{show(values.min)}..{show(values.max)}[/dim]"
 
 
 def _cpu(measured: Sequence[Measured | None]) -> str:
     each = ["-" if one is None or one.cpu_us is None else f"{one.cpu_us.median:.0f}" for one in measured]
     return "-" if set(each) == {"-"} else "/".join(each)
+
+
+_TABLE_STYLE: Any = {
+    "title_justify": "left",
+    "title_style": "bold",
+    "box": box.SIMPLE_HEAD,
+    "pad_edge": False,
+    "padding": (0, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -171,9 +247,7 @@ class _Column:
 
 
 def _table(title: str, columns: Sequence[_Column], rows: dict[str, list[Measured | None]]) -> Table:
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
-    )
+    table = Table(title=title, **_TABLE_STYLE)
     table.add_column("target", no_wrap=True)
     for column in columns:
         table.add_column(column.title, no_wrap=True)
@@ -187,13 +261,37 @@ def _table(title: str, columns: Sequence[_Column], rows: dict[str, list[Measured
 
 _WORKLOADS = {
     Workload.CREATE: _Column("create files/s", in_bytes=False),
+    Workload.CREATE_CLOSE: _Column("create files/s", in_bytes=False),
     Workload.APPEND: _Column("append /s", in_bytes=False),
+    Workload.OVERWRITE: _Column("overwrite /s", in_bytes=False),
     Workload.STREAM: _Column("stream MiB/s", in_bytes=True),
 }
+_FILE_TABLES: tuple[tuple[Kind, str, tuple[Workload, ...]], ...] = (
+    (
+        "files",
+        "files: create+write 4 KiB+fsync; append 4 KiB+fsync; stream of 1 MiB writes, fsync at the end",
+        LOCAL_WORKLOADS,
+    ),
+    (
+        "nfs",
+        "NFS: stream of 1 MiB writes and an fsync; overwrite or append 4 KiB+fsync; create+write 4 KiB+close",
+        NFS_WORKLOADS,
+    ),
+)
+
+
+def _flush_table(flushes: Sequence[FlushResult]) -> Table:
+    table = Table(title="4 KiB write+fsync, depth 1: µs; ratio of the engine to fdatasync + round trip", **_TABLE_STYLE)
+    for name in ("target", "fdatasync", "round trip", "sum", "engine", "ratio"):
+        table.add_column(name, no_wrap=True)
+    for one in flushes:
+        times = (one.plain_us, one.round_trip_us, one.expected_us, one.engine_us)
+        table.add_row(one.target, *(_shown(value, compact) for value in times), _shown(one.ratio, "{:.2f}".format))
+    return table
 
 
 def tables(found: Report) -> list[Table]:
-    """One for each load of block targets, and one for directories."""
+    """One for each load of block targets, one for their flushes, one for directories and one for NFS."""
     out: list[Table] = []
     names = [target.name for target in found.targets]
     cells = {(one.target, one.cell): one.measured for one in found.cells}
@@ -207,15 +305,17 @@ def tables(found: Report) -> list[Table]:
                 {name: [cells.get((name, Cell(pattern, size, depth, one))) for one in operations] for name in names},
             )
         )
+    if found.flushes:
+        out.append(_flush_table(found.flushes))
     loads = {(one.target, one.workload): one.measured for one in found.workloads}
-    if loads:
-        out.append(
-            _table(
-                "files: create+write 4 KiB+fsync; append 4 KiB+fsync; stream of 1 MiB writes, fsync at the end",
-                list(_WORKLOADS.values()),
-                {name: [loads.get((name, workload)) for workload in _WORKLOADS] for name in names},
-            )
-        )
+    for kind, title, workloads in _FILE_TABLES:
+        rows = {
+            target.name: [loads.get((target.name, workload)) for workload in workloads]
+            for target in found.targets
+            if target.kind == kind
+        }
+        if any(any(row) for row in rows.values()):
+            out.append(_table(title, [_WORKLOADS[workload] for workload in workloads], rows))
     return out
 
 
@@ -227,12 +327,14 @@ def print_report(found: Report, console: Console) -> None:
         highlight=False,
     )
     console.print(
-        "Each entry: median, its ratio to plain and to loop (to directory and ext4-loop for files); below it, "
-        "least..most.\nCPU: of the processes that serve the target, for the columns in their order.\n",
+        "Each entry: median, its ratios to plain, loop and qsd (files: to directory and ext4-loop; NFS: to the stock\n"
+        "row with the same mount options) as far as the run has them; below it, least..most.\n"
+        "CPU: of the processes that serve the target, for the columns in their order.\n",
         style="dim",
     )
     for table in tables(found):
         console.print(table)
+    width = max(len(target.name) for target in found.targets)
     for target in found.targets:
         reason = f"[yellow]not measured: {escape(target.unavailable)}[/yellow]" if target.unavailable else ""
-        console.print(f"  {target.name:14} {target.title}  {reason}".rstrip(), highlight=False)
+        console.print(f"  {target.name:{width}} {target.title}  {reason}".rstrip(), highlight=False)

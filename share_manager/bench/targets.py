@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
@@ -16,27 +15,38 @@ from typing import Any
 
 import trio
 
+from engine.store import IoMode
+from share_manager.bench.engines import engine_file
+from share_manager.bench.model import LOCAL_WORKLOADS, Workload
+from share_manager.bench.nfs.client import NfsClient
 from share_manager.bench.processes import Server, UnavailableError, run, serving
-from share_manager.errors import CommandError
+from share_manager.errors import CommandError, KernelFeatureError, TimeoutProblem
+from share_manager.share.filesystem import mount_options
+from share_manager.share.loop import attach_loop, detach_loop
 
 START_SECONDS = 60.0
+DETACH_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a bench keeps its files, and how large each target is in bytes."""
+    """Where a bench keeps its files, how large each target is in bytes, and who mounts what is exported."""
 
     directory: Path
     size: int
     token: str
+    client: NfsClient | None = None
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A target that is ready: a file or device (a directory for file workloads), and the roots of its processes."""
+    """A target that is ready: a file or device (a directory for file workloads), and the roots of its processes.
+
+    With `client` the path is a place that this NFS client knows."""
 
     path: Path
     pids: tuple[int, ...] = ()
+    client: NfsClient | None = None
 
 
 @dataclass(frozen=True)
@@ -51,16 +61,20 @@ class BlockTarget:
 
 @dataclass(frozen=True)
 class FileTarget:
-    """`device` names the block target whose device gets a filesystem, if it is not ours alone."""
+    """`device` names the block target whose device gets a filesystem, if it is not ours alone; `bases` the targets to
+    which its ratios are. With `nfs` it needs an NFS client."""
 
     name: str
     title: str
     copies: int
     device: str | None
     open: Callable[[Place, Opened | None], AbstractAsyncContextManager[Opened]] = field(repr=False)
+    workloads: tuple[Workload, ...] = LOCAL_WORKLOADS
+    bases: tuple[str, ...] = ("directory", "ext4-loop")
+    nfs: bool = False
 
 
-def _plain_file(place: Place, name: str) -> Path:
+def plain_file(place: Place, name: str) -> Path:
     path = place.directory / f"{name}.img"
     with path.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, place.size)
@@ -71,29 +85,21 @@ def _plain_file(place: Place, name: str) -> Path:
 async def loop_device(file: Path) -> AsyncIterator[Path]:
     """`file` as a block device of 4 KiB sectors, past the page cache. Raises UnavailableError."""
     try:
-        device = await run(["losetup", "--find", "--show", "--direct-io=on", "--sector-size=4096", str(file)])
-    except CommandError as error:
-        raise UnavailableError(f"no loop device with direct I/O: {error.output.strip()}") from error
+        with trio.CancelScope(shield=True):
+            device = await attach_loop(file)
+    except (CommandError, KernelFeatureError) as error:
+        raise UnavailableError(f"no loop device with direct I/O: {error}") from error
     try:
-        if Path("/sys/block", Path(device).name, "loop/dio").read_text().strip() != "1":
-            raise UnavailableError("the loop driver refuses direct I/O on this filesystem")
         yield Path(device)
     finally:
-        await run(["losetup", "--detach", device])
-        await _detached(device)
-
-
-async def _detached(device: str) -> None:
-    """Detaching is lazy: whatever holds the device must be through before its file can go."""
-    backing = Path("/sys/block", Path(device).name, "loop/backing_file")
-    with trio.CancelScope(shield=True), trio.move_on_after(10):
-        while backing.exists():  # noqa: ASYNC110 - sysfs gives no notice
-            await trio.sleep(0.02)
+        # lazy: whatever holds the device must be through before its file can go
+        with trio.CancelScope(shield=True), contextlib.suppress(TimeoutProblem):
+            await detach_loop(device, DETACH_SECONDS, below=file)
 
 
 @contextlib.asynccontextmanager
 async def _plain(place: Place) -> AsyncIterator[Opened]:
-    path = _plain_file(place, "plain")
+    path = plain_file(place, "plain")
     try:
         yield Opened(path)
     finally:
@@ -102,7 +108,7 @@ async def _plain(place: Place) -> AsyncIterator[Opened]:
 
 @contextlib.asynccontextmanager
 async def _loop(place: Place) -> AsyncIterator[Opened]:
-    path = _plain_file(place, "loop")
+    path = plain_file(place, "loop")
     try:
         async with loop_device(path) as device:
             yield Opened(device)
@@ -128,23 +134,16 @@ async def ready_event(server: Server) -> dict[str, Any]:
     raise UnavailableError(f"{server.name} was not ready within {START_SECONDS:g} s: {server.why()}")
 
 
-def _engine(replicas: int) -> Callable[[Place], AbstractAsyncContextManager[Opened]]:
+def _engine(
+    name: str, replicas: int, io: IoMode = "buffered", unix: bool = False
+) -> Callable[[Place], AbstractAsyncContextManager[Opened]]:
     @contextlib.asynccontextmanager
     async def opened(place: Place) -> AsyncIterator[Opened]:
-        name = f"engine-{replicas}"
-        data = place.directory / name
-        data.mkdir()
-        argv = own_command(
-            *("attach", f"bench-{place.token}-{replicas}", f"--size={place.size}", f"--data-dir={data}"),
-            *(f"--replicas={replicas}", "--output=json"),
-        )
-        try:
-            async with serving(name, argv, place.directory) as server:
-                event = await ready_event(server)
-                async with loop_device(Path(event["block_file"])) as device:
-                    yield Opened(device, (server.pid,))
-        finally:
-            shutil.rmtree(data, ignore_errors=True)
+        async with (
+            engine_file(replicas, io=io, unix=unix)(place.directory, name, place.size) as (path, pids),
+            loop_device(path) as device,
+        ):
+            yield Opened(device, pids)
 
     return opened
 
@@ -165,7 +164,7 @@ async def _mounted(path: Path, server: Server) -> None:
 @contextlib.asynccontextmanager
 async def _fuse_file(place: Place, name: str, argv: Callable[[Path, Path], list[str]]) -> AsyncIterator[Opened]:
     """A server that shows a backing file as a FUSE file, seen through a loop device as the engine's is."""
-    backing, mountpoint = _plain_file(place, f"{name}-data"), place.directory / f"{name}-file"
+    backing, mountpoint = plain_file(place, f"{name}-data"), place.directory / f"{name}-file"
     mountpoint.touch()
     try:
         async with serving(name, argv(backing, mountpoint), place.directory) as server:
@@ -220,73 +219,42 @@ async def _directory(place: Place, _: Opened | None) -> AsyncIterator[Opened]:
         shutil.rmtree(path)
 
 
+@contextlib.asynccontextmanager
+async def ext4_mounted(device: Path, mountpoint: Path, dirsync: bool = True) -> AsyncIterator[Path]:
+    """A new ext4 on `device`, mounted as a share mounts it. Raises CommandError."""
+    mountpoint.mkdir()
+    try:
+        # no lazy initialisation: it would write in the background of the measurement
+        lazy = "nodiscard,lazy_itable_init=0,lazy_journal_init=0"
+        await run(["mkfs.ext4", "-q", "-F", "-E", lazy, str(device)])
+        await run(["mount", "-t", "ext4", "-o", mount_options("ext4", dirsync), str(device), str(mountpoint)])
+        try:
+            yield mountpoint
+        finally:
+            await run(["umount", str(mountpoint)])
+    finally:
+        mountpoint.rmdir()
+
+
 def _ext4(name: str) -> Callable[[Place, Opened | None], AbstractAsyncContextManager[Opened]]:
     @contextlib.asynccontextmanager
     async def opened(place: Place, device: Opened | None) -> AsyncIterator[Opened]:
         assert device is not None
-        mountpoint = place.directory / f"{name}-mount"
-        mountpoint.mkdir()
-        try:
-            # no lazy initialisation: it would write in the background of the measurement
-            lazy = "nodiscard,lazy_itable_init=0,lazy_journal_init=0"
-            await run(["mkfs.ext4", "-q", "-F", "-E", lazy, str(device.path)])
-            # as a share mounts it
-            await run(["mount", "-t", "ext4", "-o", "noatime,dirsync", str(device.path), str(mountpoint)])
-            try:
-                yield Opened(mountpoint, device.pids)
-            finally:
-                await run(["umount", str(mountpoint)])
-        finally:
-            mountpoint.rmdir()
+        async with ext4_mounted(device.path, place.directory / f"{name}-mount") as mountpoint:
+            yield Opened(mountpoint, device.pids)
 
     return opened
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-async def has_nfs_client() -> bool:
-    """Whether this kernel can mount NFSv4, its module loaded if there is one."""
-    with contextlib.suppress(CommandError, UnavailableError):
-        await run(["modprobe", "--quiet", "nfsv4"])
-    return any(line.split()[-1] == "nfs4" for line in Path("/proc/filesystems").read_text().splitlines())
-
-
-@contextlib.asynccontextmanager
-async def _nfs(place: Place, _: Opened | None) -> AsyncIterator[Opened]:
-    if not await has_nfs_client():
-        raise UnavailableError("this kernel has no NFSv4 client")
-    data, mountpoint = place.directory / "nfs", place.directory / "nfs-mount"
-    data.mkdir()
-    mountpoint.mkdir()
-    port = _free_port()
-    argv = own_command(
-        *("serve", f"bench-{place.token}-nfs", f"--size={place.size}", f"--data-dir={data}", "--replicas=3"),
-        *("--bind=127.0.0.1", f"--port={port}", f"--metrics-port={_free_port()}", "--output=json"),
-    )
-    try:
-        async with serving("nfs", argv, place.directory) as server:
-            await ready_event(server)
-            share = f"127.0.0.1:/bench-{place.token}-nfs"
-            await run(["mount", "-t", "nfs4", "-o", f"vers=4.2,port={port}", share, str(mountpoint)])
-            try:
-                yield Opened(mountpoint, (server.pid,))
-            finally:
-                await run(["umount", str(mountpoint)])
-    finally:
-        mountpoint.rmdir()
-        shutil.rmtree(data, ignore_errors=True)
 
 
 BLOCK_TARGETS = (
     BlockTarget("plain", "plain file", 1, _plain),
     BlockTarget("loop", "loop on a plain file", 1, _loop),
-    BlockTarget("engine-1", "engine, 1 replica", 1, _engine(1)),
-    BlockTarget("engine-2", "engine, 2 replicas", 2, _engine(2)),
-    BlockTarget("engine-3", "engine, 3 replicas", 3, _engine(3)),
+    BlockTarget("engine-1", "engine, 1 replica, TCP", 1, _engine("engine-1", 1)),
+    BlockTarget("engine-2", "engine, 2 replicas, TCP", 2, _engine("engine-2", 2)),
+    BlockTarget("engine-3", "engine, 3 replicas, TCP", 3, _engine("engine-3", 3)),
+    BlockTarget("engine-1-direct", "engine, 1 replica, TCP, io=direct", 1, _engine("engine-1-direct", 1, "direct")),
+    BlockTarget("engine-3-direct", "engine, 3 replicas, TCP, io=direct", 3, _engine("engine-3-direct", 3, "direct")),
+    BlockTarget("engine-3-unix", "engine, 3 replicas, unix sockets", 3, _engine("engine-3-unix", 3, unix=True)),
     BlockTarget("qsd", "qemu-storage-daemon, FUSE", 1, _qsd),
     BlockTarget("nbdkit", "nbdkit, nbdfuse", 1, _nbdkit),
 )
@@ -294,5 +262,4 @@ FILE_TARGETS = (
     FileTarget("directory", "the directory itself", 1, None, _directory),
     FileTarget("ext4-loop", "ext4 on loop on a plain file", 0, "loop", _ext4("ext4-loop")),
     FileTarget("ext4-engine-3", "ext4 on the engine, 3 replicas", 0, "engine-3", _ext4("ext4-engine-3")),
-    FileTarget("nfs", "NFSv4.2 on ext4 on the engine, 3 replicas", 3, None, _nfs),
 )

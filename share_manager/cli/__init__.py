@@ -15,10 +15,25 @@ from share_manager.events import JsonSink, Reporter
 
 COMMANDS = {
     "serve": ("share_manager.cli.serve:serve", "Serve a volume over NFSv4."),
+    "share": ("share_manager.cli.share:share", "Serve a volume that several nodes share, or stand by for it."),
+    "move": ("share_manager.cli.move:move", "Have another node serve a volume."),
     "attach": ("share_manager.cli.attach:attach", "Attach a volume as a block file."),
     "status": ("share_manager.cli.status:status", "Show volumes and their shares."),
+    "allow": ("share_manager.cli.allow:allow", "Change who may use a share while it serves."),
     "stop": ("share_manager.cli.stop:stop", "Stop a share, or clear what a killed one left behind."),
-    "volume": ("share_manager.cli.volume:app", "List, show, resize and delete volumes."),
+    "volume": (
+        "share_manager.cli.volume:app",
+        "List, show, clone, resize, trim, import, salvage, scrub, re-key and delete volumes.",
+    ),
+    "replica": ("share_manager.cli.replica:app", "Add, remove, move, list and host replicas."),
+    "records": ("share_manager.cli.records:app", "Keep the records of volumes that several nodes share."),
+    "agent": ("share_manager.cli.agent:agent", "End a client node's connections to where a share was."),
+    "mount-options": ("share_manager.cli.mount_options:mount_options", "Print how this node should mount a share."),
+    "csi": ("share_manager.cli.csi:app", "Serve the Container Storage Interface of Kubernetes."),
+    "controller": ("share_manager.cli.controller:controller", "Run the controllers in Kubernetes."),
+    "pod": ("share_manager.cli.pod:app", "Run what is in share-manager's pods."),
+    "snapshot": ("share_manager.cli.snapshot:app", "Take, list, read, delete and go back to snapshots."),
+    "engine": ("share_manager.cli.engine:app", "Replace the engine of a volume in use."),
     "doctor": ("share_manager.cli.doctor:doctor", "Check whether this machine can serve volumes."),
     "bench": ("share_manager.bench:app", "Measure each layer of the data path."),
 }

@@ -12,30 +12,33 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from engine.client import CloneStatus
 from share_manager.share.status import ReplicaInfo, ShareStatus
-from share_manager.units import format_size
+from share_manager.units import format_left, format_rate, format_size
 
 _STATE_STYLE = {"running": "bold green", "repairing": "bold yellow", "stopping": "yellow", "starting": "cyan"}
 
 
-def human_rate(amount: float) -> str:
-    """Bytes a second."""
-    for unit in ("B", "KiB", "MiB"):
-        if amount < 1024:
-            return f"{amount:.0f} {unit}/s" if unit == "B" else f"{amount:.1f} {unit}/s"
-        amount /= 1024
-    return f"{amount:.1f} GiB/s"
-
-
 def describe_replica(replica: ReplicaInfo) -> str:
     if replica.state == "resyncing" and replica.resync_total:
-        return f"{replica.name} resyncing {100 * replica.resync_done // replica.resync_total} %"
+        share = f"{replica.name} resyncing {100 * replica.resync_done // replica.resync_total} %"
+        if replica.resync_rate:
+            share += f" ({format_rate(replica.resync_rate)}{format_left(replica.resync_left)})"
+        return share
     return f"{replica.name} {replica.state.replace('_', ' ')}"
 
 
 def describe_clients(status: ShareStatus) -> str:
     addresses = ", ".join(client.address for client in status.clients)
     return f"{len(status.clients)}{'  ' + addresses if addresses else ''}"
+
+
+def describe_clone(clone: CloneStatus) -> str:
+    text = f"{100 * clone.done // clone.total if clone.total else 0} % copied of {clone.origin}"
+    if clone.failure:
+        return f"{text}  {clone.failure}"
+    left = f"  {clone.left:.0f} s left" if clone.left is not None else ""
+    return f"{text}  {format_rate(clone.rate)}{left}"
 
 
 class Watched(Protocol):
@@ -81,10 +84,12 @@ class LiveView:
             grid.add_row("mount", status.mount_command)
         else:
             grid.add_row("file", status.engine.block_file)
+        if status.engine.clone is not None:
+            grid.add_row("clone", describe_clone(status.engine.clone))
         grid.add_row("replicas", "  ".join(describe_replica(replica) for replica in status.replicas))
         if status.kind == "serve":
             grid.add_row("clients", describe_clients(status))
         grid.add_row(
-            "throughput", f"read {human_rate(rates[0])}  write {human_rate(rates[1])}  {rates[2]:.0f} requests/s"
+            "throughput", f"read {format_rate(rates[0])}  write {format_rate(rates[1])}  {rates[2]:.0f} requests/s"
         )
         return Group(Text(""), grid)

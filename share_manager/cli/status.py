@@ -17,10 +17,10 @@ from share_manager.cli.common import (
     print_json,
     table_console,
 )
-from share_manager.cli.live import describe_clients, describe_replica
+from share_manager.cli.live import describe_clients, describe_clone, describe_replica
 from share_manager.paths import VolumePaths
 from share_manager.share.inspect import all_status, volume_status
-from share_manager.share.status import ShareStatus
+from share_manager.share.status import FailoverInfo, NodeInfo, ShareStatus
 from share_manager.volumes import find_volume, list_volumes
 
 
@@ -75,18 +75,35 @@ def show_list(found: list[ShareStatus]) -> None:
     table_console().print(table)
 
 
+def describe_node(node: NodeInfo) -> str:
+    text = f"{node.name}  {node.role}"
+    if node.holder and node.holder != node.name:
+        text += f"  ({node.holder} is {node.phase})"
+    return text if node.records else f"{text}  the record server does not answer"
+
+
+def describe_failover(last: FailoverInfo) -> str:
+    lasted = "" if last.duration is None else f" in {last.duration:.2f} s"
+    return f"{last.before or 'nobody'} to {last.after}{lasted}: {last.cause}  ({last.id})"
+
+
 def show_one(one: ShareStatus) -> None:
     grid = plain_grid()
     rows = [
         ("volume", one.volume),
         ("state", one.state + ("  (in grace: clients reclaim)" if one.in_grace else "")),
         ("size", units.format_size(one.size_bytes)),
+        ("encrypted", "yes" if one.encrypted else None),
         ("epoch", str(one.epoch)),
+        ("node", describe_node(one.node) if one.node else None),
+        ("last failover", describe_failover(one.node.last_failover) if one.node and one.node.last_failover else None),
+        ("started in", ", ".join(f"{name} {spent:.2f} s" for name, spent in one.phases.items()) or None),
         ("endpoint", one.endpoint),
         ("mount", one.mount_command),
-        ("clients", describe_clients(one) if one.state == "running" and one.kind == "serve" else None),
+        ("clients", describe_clients(one) if one.state == "running" and one.kind != "attach" else None),
         ("share manager", f"pid {one.share_manager.pid}" if one.share_manager else None),
         ("engine", f"pid {one.engine.pid}  {one.engine.state}  {one.engine.frontend}" if one.engine.pid else None),
+        ("clone", describe_clone(one.engine.clone) if one.engine.clone else None),
         ("block file", one.engine.block_file or None),
         ("device", one.device),
         ("mountpoint", one.mountpoint),

@@ -14,6 +14,7 @@ from share_manager.errors import InvalidValueError, TimeoutProblem, VolumeBusyEr
 from share_manager.events import Reporter
 from share_manager.paths import VolumePaths
 from share_manager.share.leftovers import send
+from share_manager.share.network import remove_rules
 from share_manager.share.session import clear_leftovers, require_root
 from share_manager.share.state import read_state
 from share_manager.volumes import find_volume, lock_holder, volume_lock
@@ -58,5 +59,9 @@ async def _stop(paths: VolumePaths, timeout: float, report: Reporter) -> None:
         if waited.cancelled_caught:
             raise TimeoutProblem(f"leaving of process {holder} (it is still leaving)", timeout)
     with volume_lock(paths, "first"):
+        left = read_state(paths.state)
         await clear_leftovers(paths, report)
+        if left is not None and left.gate_port:
+            # until now they keep the port silent
+            remove_rules(left.gate_port)
     report.emit("stopped", "stopped", volume=paths.volume)

@@ -1,8 +1,7 @@
-"""`share-manager volume`: what can be done to a volume that nobody serves."""
+"""`share-manager volume`: what can be done to a volume."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,32 +12,53 @@ from cyclopts import App, Parameter
 from engine.errors import EngineError
 from engine.store import ReplicaInfo, inspect_replica
 from share_manager import units
+from share_manager.cli.clone import clone, flatten
 from share_manager.cli.common import (
     DEFAULT_DATA_DIR,
     DataDir,
     Steps,
     Table,
     VolumeName,
+    confirm,
     plain_grid,
     plain_table,
     print_json,
     reporter,
     table_console,
 )
-from share_manager.errors import UsageError, VolumeBusyError
+from share_manager.cli.luks import header, passphrase
+from share_manager.cli.salvage import salvage
+from share_manager.cli.scrub import scrub
+from share_manager.clones import Link, link_of
 from share_manager.paths import VolumePaths
-from share_manager.share.leftovers import clear, observe
+from share_manager.share.control import ask
+from share_manager.share.leftovers import clear, refuse_orphan
+from share_manager.share.requests import ResizeShare, ShareResized, ShareTrimmed, TrimShare
 from share_manager.volumes import (
     allocated_bytes,
     delete_volume,
     find_volume,
+    import_volume,
     list_volumes,
+    lock_holder,
+    make_data_dir,
     read_record,
+    replica_directory,
     resize_volume,
     volume_lock,
 )
 
-app = App(name="volume", help="List, show, resize and delete volumes.")
+app = App(name="volume", help="List, show, clone, resize, trim, import, salvage, scrub, re-key and delete volumes.")
+for command in (clone, flatten, passphrase, salvage, scrub):
+    app.command(command)
+app.command(header)
+
+
+_FILESYSTEM = {
+    "grown": ", and so has its filesystem",
+    "full size already": ", and so has its filesystem",
+    "later": "; its filesystem grows at the next serve, since a mounted ext4 can only be grown with CAP_SYS_RESOURCE",
+}
 
 
 class VolumeSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,13 +72,15 @@ class VolumeSummary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReplicaDetail(msgspec.Struct, frozen=True, kw_only=True):
-    """`store` is what the replica's own directory says; None, with `error`, when it cannot be read."""
+    """`store` is what the replica's own directory says; None, with `error`, when it cannot be read. `link` is what a
+    clone still shares with its source."""
 
     name: str
     directory: str
     in_sync: bool
     allocated_bytes: int
     store: ReplicaInfo | None = None
+    link: Link | None = None
     error: str = ""
 
 
@@ -123,7 +145,7 @@ def show(volume: VolumeName, /, *, data_dir: DataDir = DEFAULT_DATA_DIR, output:
     paths = find_volume(data_dir, units.parse_name(volume))
     record = read_record(paths)
     replicas = tuple(
-        _replica(paths.replica(replica.name), replica.name, replica.name in record.in_sync)
+        _replica(replica_directory(paths, replica), replica.name, replica.name in record.in_sync)
         for replica in record.replicas
     )
     detail = VolumeDetail(
@@ -147,9 +169,10 @@ def show(volume: VolumeName, /, *, data_dir: DataDir = DEFAULT_DATA_DIR, output:
     grid.add_row("directory", detail.directory)
     for replica in detail.replicas:
         state = "in sync" if replica.in_sync else "out"
-        grid.add_row(
-            "replica", f"{replica.name}  {state}  {replica.directory}{'  ' + replica.error if replica.error else ''}"
-        )
+        link = replica.link
+        share = f"  {100 * link.done // link.total if link.total else 0} % copied of {link.origin}" if link else ""
+        error = f"  {replica.error}" if replica.error else ""
+        grid.add_row("replica", f"{replica.name}  {state}  {replica.directory}{share}{error}")
     table_console().print(grid)
 
 
@@ -166,6 +189,7 @@ def _replica(directory: Path, name: str, in_sync: bool) -> ReplicaDetail:
         in_sync=in_sync,
         allocated_bytes=allocated_bytes(directory),
         store=found,
+        link=link_of(directory),
         error=failure,
     )
 
@@ -179,7 +203,9 @@ def resize(
     data_dir: DataDir = DEFAULT_DATA_DIR,
     output: Steps = "text",
 ) -> None:
-    """Grow a volume that is not served; its filesystem grows at the next `serve`.
+    """Grow a volume and its filesystem, also while it is served or attached and clients write.
+
+    The filesystem of one that is not served grows at the next `serve`. Cut off, give the same command again.
 
     For example:
 
@@ -187,11 +213,69 @@ def resize(
     """
     paths = find_volume(data_dir, units.parse_name(volume))
     wanted = units.parse_size(size)
+    if lock_holder(paths) is not None and paths.control.exists():
+        done = trio.run(ask, paths, ResizeShare(size=wanted), ShareResized)
+        reporter(output).emit(
+            "resized",
+            f"volume {volume} has {units.format_size(done.size)}{_FILESYSTEM.get(done.filesystem, '')}",
+            volume=volume,
+            size_bytes=done.size,
+            filesystem=done.filesystem,
+        )
+        return
     with volume_lock(paths, "before it is resized"):
-        _refuse_orphan(paths, "before it is resized")
+        refuse_orphan(paths, "before it is resized")
         record = resize_volume(paths, wanted)
     reporter(output).emit(
         "resized", f"volume {volume} has {units.format_size(record.size)}", volume=volume, size_bytes=record.size
+    )
+
+
+@app.command
+def trim(volume: VolumeName, /, *, data_dir: DataDir = DEFAULT_DATA_DIR, output: Steps = "text") -> None:
+    """Give the space that a served filesystem does not use back to the disks of its replicas (fstrim).
+
+    Space that a snapshot still holds stays taken.
+
+    For example:
+
+    share-manager volume trim vol1
+    """
+    paths = find_volume(data_dir, units.parse_name(volume))
+    done = trio.run(ask, paths, TrimShare(), ShareTrimmed)
+    reporter(output).emit(
+        "trimmed",
+        f"volume {volume}: {done.discarded / (1 << 20):.1f} MiB were unused; "
+        f"the replicas gave back {done.freed / (1 << 20):.1f} MiB",
+        volume=volume,
+        discarded_bytes=done.discarded,
+        freed_bytes=done.freed,
+    )
+
+
+@app.command(name="import")
+def import_command(
+    volume: VolumeName,
+    directory: Annotated[Path, Parameter(help="A replica directory of Longhorn's v1 engine, which nobody uses.")],
+    /,
+    *,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    output: Steps = "text",
+) -> None:
+    """Make a volume of a replica directory of Longhorn, with its snapshots. The directory moves below the volume.
+
+    Take a replica that was healthy when the volume was detached. More replicas: `share-manager replica add`.
+
+    For example:
+
+    share-manager volume import vol1 /var/lib/longhorn/replicas/pvc-4f1c-1b2d
+    """
+    paths = VolumePaths(make_data_dir(data_dir), units.parse_name(volume))
+    with volume_lock(paths, "before it is imported"):
+        record = import_volume(paths, directory.resolve())
+    size = units.format_size(record.size)
+    reporter(output).emit(
+        "imported", f"volume {volume} is imported: {size}, one replica", volume=volume, size_bytes=record.size
     )
 
 
@@ -212,26 +296,13 @@ def delete(
     """
     paths = find_volume(data_dir, units.parse_name(volume))
     with volume_lock(paths, "before it is deleted"):
-        _refuse_orphan(paths, "before it is deleted")
+        refuse_orphan(paths, "before it is deleted")
         if not yes:
-            _ask(volume)
+            confirm(
+                f"Delete volume {volume} and all its data?",
+                f"volume delete asks before it deletes {volume}, and nobody is there to answer: add --yes",
+                f"volume {volume} is kept",
+            )
         trio.run(clear, paths)
         delete_volume(paths)
     reporter(output).emit("deleted", f"volume {volume} is deleted", volume=volume)
-
-
-def _refuse_orphan(paths: VolumePaths, wanted: str) -> None:
-    found = observe(paths)
-    if found.alive or found.mounts:
-        processes = found.ganesha + found.engine + found.replicas
-        raise VolumeBusyError(paths.volume, processes[0].pid if processes else None, wanted)
-
-
-def _ask(volume: str) -> None:
-    """Raises UsageError unless a person says the volume's name or yes."""
-    if not sys.stdin.isatty():
-        raise UsageError(f"volume delete asks before it deletes {volume}, and nobody is there to answer: add --yes")
-    sys.stdout.write(f"Delete volume {volume} and all its data? [y/N] ")
-    sys.stdout.flush()
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise UsageError(f"volume {volume} is kept")

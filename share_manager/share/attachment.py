@@ -12,38 +12,53 @@ from typing import Any
 
 import trio
 
-from engine.client import EngineClient, EngineStatus, EngineUnreachableError
+from engine.client import EngineClient, EngineEvent, EngineStatus, EngineUnreachableError
 from engine.errors import FrontendError
 from engine.frontend import DEFAULT_FRONTEND
 from engine.frontend.fuse_device import FuseDevice
-from engine.launch import EngineConfig, EngineExit, engine_argv
-from engine.record import FileRecordStore, VolumeRecord, bump_epoch
+from engine.launch import EngineExit
+from engine.record import VolumeRecord
 from share_manager.errors import (
+    CannotUpgradeError,
     CommandError,
     FencedOffError,
-    NoReplicaAvailableError,
+    NotReadyError,
+    RuntimeProblem,
     ShareManagerError,
     TimeoutProblem,
 )
 from share_manager.events import Reporter
 from share_manager.paths import VolumePaths
 from share_manager.share.background import Background, background
-from share_manager.share.child import Child, start_child
+from share_manager.share.child import Child
+from share_manager.share.engine_process import STOP_TIMEOUT, EngineStarter, Successor, failure, wait_ready
 from share_manager.share.loop import attach_loop, detach_loop
+from share_manager.share.records import FileRecords, Records
+from share_manager.share.requests import EngineUpgraded
 from share_manager.share.state import StateFile
 from share_manager.share.supervise import Decision, Observed, Policy, decide, may_resume
+from share_manager.share.warm import WarmEngine
+from share_manager.units import format_left, format_rate, format_size
 
-ENGINE_START_TIMEOUT = 60.0
-ENGINE_STOP_TIMEOUT = 20.0
 _STATUS_INTERVAL = 1.0
-READY_STATES = ("ready", "equalising", "waiting")
+_REFRESH_PATIENCE = 0.5
 
 
 class Attachment:
     """One epoch of a volume. `broken` says why it ended before it was left, None while it works."""
 
-    def __init__(self, record: VolumeRecord, device: FuseDevice, engine: Child, client: EngineClient) -> None:
+    def __init__(
+        self,
+        record: VolumeRecord,
+        device: FuseDevice,
+        engine: Child,
+        client: EngineClient,
+        starter: EngineStarter,
+    ) -> None:
         self.record = record
+        self.starter = starter
+        self.tasks: Background
+        self.successor: Successor | None = None
         self.fuse = device
         self.engine = engine
         self.client = client
@@ -73,14 +88,63 @@ class Attachment:
             self.fuse.abort()
         self._body.cancel()
 
+    def may_replace(self, exit_status: int, *, asked: bool) -> bool:
+        """Whether another engine may go on in place of the one that ended so; `asked` to by an upgrade."""
+        resumable = self.status is not None and self.status.resumable
+        if self.leaving or self.broken is not None:
+            return False
+        if asked and resumable and exit_status == EngineExit.CLEAN:
+            return True
+        return may_resume(exit_status, resumable, self.resumed, trio.current_time())
+
+    async def refresh(self) -> None:
+        """Have `status` say how things are now, unless the engine is too busy to tell."""
+        with contextlib.suppress(EngineUnreachableError):
+            self.status = await self.client.status(timeout=_REFRESH_PATIENCE)
+
+    async def upgrade(self) -> EngineUpgraded:
+        """Have the engine that is installed now take over from the one that runs, while the file stays open.
+
+        Raises NotReadyError, CannotUpgradeError, EngineError, ShareManagerError: nothing has changed then, or the
+        engine was replaced as after a crash.
+        """
+        volume, before, incarnation = self.record.volume, self.engine, self.incarnation
+        if self.leaving or self.broken is not None or self.status is None or self.successor is not None:
+            raise NotReadyError(volume, "being repaired or changed")
+        if not self.status.resumable:
+            raise CannotUpgradeError(volume, self.status.frontend)
+        successor = await self.starter.prepare(self.incarnation + 1)
+        try:
+            self.tasks.start_soon(successor.child.follow_output)
+            await successor.prepared()
+            self.status = await self.client.status()
+            if self.status.state not in ("ready", "equalising") or self.incarnation != incarnation or self.leaving:
+                raise NotReadyError(volume, "being repaired or changed")
+            if self.status.busy:
+                raise NotReadyError(volume, f"busy with {self.status.busy}")
+        except BaseException:
+            await successor.abandon()
+            raise
+        # no await in between: whatever ends the engine from here on, the successor goes on
+        self.successor = successor
+        began = trio.current_time()
+        before.make_way()
+        with trio.move_on_after(STOP_TIMEOUT):
+            await before.wait()
+        before.kill()
+        await successor.ended.wait()
+        if self.engine is not successor.child or self.engine.returncode is not None:
+            raise RuntimeProblem(f"the new engine did not come up and was replaced in its turn: {successor.why()}")
+        return EngineUpgraded(
+            pid=self.engine.pid,
+            before=before.pid,
+            incarnation=self.incarnation,
+            pause=trio.current_time() - began,
+        )
+
     def failure(self) -> ShareManagerError:
         """Why the engine ended, as an error."""
-        status = self.engine.returncode
-        if status == EngineExit.FENCED:
-            return FencedOffError(self.record.volume, self.engine.reason())
-        if status == EngineExit.NO_REPLICA:
-            return NoReplicaAvailableError(self.record.volume, self.engine.reason())
-        return self.engine.died()
+        return failure(self.engine, self.record.volume)
 
 
 @contextlib.asynccontextmanager
@@ -92,22 +156,33 @@ async def attach(
     *,
     frontend: str = DEFAULT_FRONTEND,
     with_loop: bool = True,
+    records: Records | None = None,
+    warm: WarmEngine | None = None,
+    right_lasts: float = 0.0,
 ) -> AsyncIterator[Attachment]:
-    """Claim the next epoch and attach.
+    """Claim the next epoch and attach. `records`: where the volume's record is, its directory when not given. `warm`:
+    an engine that has been waiting for this.
 
     The block may end early, without an exception, when the attachment breaks off: look at `broken` afterwards.
     Raises EngineError, ShareManagerError.
     """
-    record = bump_epoch(FileRecordStore(paths.record))
-    state.update(epoch=record.epoch)
-    with _fuse_file(paths) as fuse:
-        starter = _EngineStarter(paths, record, fuse, state, frontend)
-        engine = await starter.start(incarnation=1)
-        attachment = Attachment(record, fuse, engine, EngineClient(paths.engine_control))
+    place = records or FileRecords(paths)
+    with _fuse_file(paths, warm) as fuse:
+        record = await trio.to_thread.run_sync(place.claim)
+        state.update(epoch=record.epoch)
+        if warm is None:
+            starter = EngineStarter(paths, record, fuse, state, frontend, place, right_lasts)
+            engine = await starter.start(incarnation=1)
+        else:
+            starter = warm.starter
+            engine = await warm.begin(record)
+        attachment = Attachment(record, fuse, engine, EngineClient(paths.engine_control), starter)
         async with _stopped_engine(attachment, report), background() as tasks:
-            tasks.start_soon(engine.follow_output)
+            attachment.tasks = tasks
+            if warm is None:
+                tasks.start_soon(engine.follow_output)
             await _wait_ready(attachment)
-            tasks.start_soon(_watch_exit, attachment, starter, report, tasks)
+            tasks.start_soon(_watch_exit, attachment, report)
             tasks.start_soon(_follow_status, attachment, policy)
             tasks.start_soon(_forward_events, attachment, report)
             with attachment._body:
@@ -121,9 +196,10 @@ async def attach(
 
 
 @contextlib.contextmanager
-def _fuse_file(paths: VolumePaths) -> Iterator[FuseDevice]:
-    device = FuseDevice.mount(paths.block_file)
+def _fuse_file(paths: VolumePaths, warm: WarmEngine | None) -> Iterator[FuseDevice]:
+    device = FuseDevice.open(paths.block_file) if warm is None else warm.fuse
     try:
+        device.mount_here()
         yield device
     finally:
         # the descriptor first: a lazily unmounted file ends with its last user
@@ -131,40 +207,6 @@ def _fuse_file(paths: VolumePaths) -> Iterator[FuseDevice]:
         device.unmount()
         with contextlib.suppress(OSError):
             paths.block_file.unlink(missing_ok=True)
-
-
-class _EngineStarter:
-    """Starts the engines of one attachment, one after the other, on the same file."""
-
-    def __init__(
-        self, paths: VolumePaths, record: VolumeRecord, fuse: FuseDevice, state: StateFile, frontend: str
-    ) -> None:
-        self._paths = paths
-        self._record = record
-        self._fuse = fuse
-        self._state = state
-        self._frontend = frontend
-
-    async def start(self, incarnation: int, before: EngineStatus | None = None) -> Child:
-        """The first engine, or the one that takes over where `before` was the last known of its predecessor."""
-        paths = self._paths
-        paths.engine_control.unlink(missing_ok=True)
-        config = EngineConfig(
-            record=str(paths.record),
-            secret_file=str(paths.secret),
-            epoch=self._record.epoch,
-            incarnation=incarnation,
-            resume=before is not None,
-            instances={replica.name: replica.instance for replica in before.replicas} if before else {},
-            frontend=self._frontend,
-            fuse_fd=self._fuse.fd,
-            block_file=str(paths.block_file),
-            control=str(paths.engine_control),
-        )
-        argv = engine_argv(config, paths.run / "engine.json")
-        engine = await start_child("the engine", argv, paths.log / "engine.log", pass_fds=(self._fuse.fd,))
-        self._state.process("engine", engine.pid)
-        return engine
 
 
 @contextlib.asynccontextmanager
@@ -176,49 +218,43 @@ async def _stopped_engine(attachment: Attachment, report: Reporter) -> AsyncIter
         with trio.CancelScope(shield=True):
             if attachment.broken is not None:
                 attachment.engine.kill()
-            if not await attachment.engine.stop(ENGINE_STOP_TIMEOUT):
+            if not await attachment.engine.stop(STOP_TIMEOUT):
                 report.warn("engine_killed", "the engine did not leave in time and was killed")
             await attachment.engine.aclose()
+            if attachment.successor is not None:
+                await attachment.successor.abandon()
 
 
 async def _wait_ready(attachment: Attachment) -> None:
     """Raises NoReplicaAvailableError, FencedOffError, ProcessDiedError, TimeoutProblem."""
-    pause = 0.01
-    with trio.move_on_after(ENGINE_START_TIMEOUT):
-        while attachment.engine.returncode is None:
-            with contextlib.suppress(EngineUnreachableError):
-                attachment.status = await attachment.client.status(timeout=1.0)
-                attachment.last_answer = trio.current_time()
-                if attachment.status.state in READY_STATES:
-                    return
-            await trio.sleep(pause)
-            pause = min(pause * 1.5, 0.1)
-        # what it printed last may still be on its way
-        with trio.move_on_after(1.0):
-            await attachment.engine.closed.wait()
-        raise attachment.failure()
-    raise TimeoutProblem("attaching the volume", ENGINE_START_TIMEOUT)
+
+    def answered(status: EngineStatus) -> None:
+        attachment.status = status
+        attachment.last_answer = trio.current_time()
+
+    await wait_ready(attachment.engine, attachment.client, attachment.record.volume, answered)
 
 
-async def _watch_exit(attachment: Attachment, starter: _EngineStarter, report: Reporter, tasks: Background) -> None:
+async def _watch_exit(attachment: Attachment, report: Reporter) -> None:
     """An engine that ended is replaced in place while that is safe, else the attachment ends."""
     while True:
         status = await attachment.engine.wait()
-        resumable = attachment.status is not None and attachment.status.resumable
-        if (
-            attachment.leaving
-            or attachment.broken is not None
-            or not may_resume(status, resumable, attachment.resumed, trio.current_time())
-        ):
+        successor, attachment.successor = attachment.successor, None
+        if not attachment.may_replace(status, asked=successor is not None):
+            if successor is not None:
+                await successor.abandon()
             break
-        report.warn("engine_restarting", f"{attachment.failure()}; another one takes over its file")
-        attachment.resumed.append(trio.current_time())
-        attachment.incarnation += 1
         await attachment.engine.aclose()
-        with trio.CancelScope(shield=True):
-            # once started it must be known, or nobody would stop it
-            attachment.engine = await starter.start(attachment.incarnation, attachment.status)
-        tasks.start_soon(attachment.engine.follow_output)
+        attachment.incarnation += 1
+        if successor is None:
+            report.warn("engine_restarting", f"{attachment.failure()}; another one takes over its file")
+            attachment.resumed.append(trio.current_time())
+            with trio.CancelScope(shield=True):
+                # once started it must be known, or nobody would stop it
+                attachment.engine = await attachment.starter.start(attachment.incarnation, attachment.status)
+            attachment.tasks.start_soon(attachment.engine.follow_output)
+        else:
+            attachment.engine = await successor.take_over(attachment.status)
         try:
             await _wait_ready(attachment)
         except TimeoutProblem:
@@ -226,11 +262,15 @@ async def _watch_exit(attachment: Attachment, starter: _EngineStarter, report: R
         except ShareManagerError:
             continue
         else:
-            report.emit(
-                "engine_resumed",
-                "another engine took over; unanswered requests were sent to it",
-                pid=attachment.engine.pid,
-            )
+            if successor is None:
+                report.emit(
+                    "engine_resumed",
+                    "another engine took over; unanswered requests were sent to it",
+                    pid=attachment.engine.pid,
+                )
+        finally:
+            if successor is not None:
+                successor.ended.set()
     with trio.move_on_after(0.2):
         await attachment.engine.closed.wait()
     if not attachment.leaving:
@@ -270,17 +310,21 @@ async def _forward_events(attachment: Attachment, report: Reporter) -> None:
                     fields: dict[str, Any] = {"replica": event.replica} if event.replica else {}
                     if event.total:
                         fields |= {"done_bytes": event.done, "total_bytes": event.total}
-                    message = describe(event.event, event.replica, event.message, event.done, event.total)
+                    if event.phase:
+                        fields |= {"rate": event.rate, "left": event.left, "phase": event.phase}
+                    message = describe(event)
                     tell = report.warn if event.event in ("replica_left", "fenced", "faulted") else report.emit
                     tell(event.event, message, **fields)
         await trio.sleep(0.5)
 
 
-def describe(event: str, replica: str, message: str, done: int, total: int) -> str:
+def describe(told: EngineEvent) -> str:
     """An engine's event in words; its own message where it has one."""
+    event, replica, message = told.event, told.replica, told.message
     if event == "resync_progress":
-        share = f"{100 * done // total} %" if total else f"{done} bytes"
-        return f"replica {replica}: resynchronised {share}"
+        share = f"{100 * told.done // told.total} %" if told.total else format_size(told.done)
+        rate = f", {format_rate(told.rate)}{format_left(told.left)}" if told.rate else ""
+        return f"replica {replica}: resynchronised {share}{rate}"
     words = {
         "replica_left": "left the in-sync set",
         "replica_resyncing": "is being brought up to date",
@@ -301,7 +345,7 @@ async def _loop_device(
         with trio.CancelScope(shield=True):
             if attachment.device:
                 try:
-                    await detach_loop(attachment.device)
+                    await detach_loop(attachment.device, below=paths.run)
                 except (TimeoutProblem, CommandError) as error:
                     # it can no longer write: the requests of whoever holds it fail from here on
                     attachment.break_off(str(error))

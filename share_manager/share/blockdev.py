@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import trio
 
 from engine.record import VolumeRecord
-from share_manager.errors import RuntimeProblem
+from share_manager.errors import NotReadyError, RuntimeProblem
 from share_manager.events import Reporter
 from share_manager.paths import VolumePaths
+from share_manager.share import operations
 from share_manager.share.attachment import Attachment, attach
 from share_manager.share.background import background
-from share_manager.share.control import control_socket
-from share_manager.share.replicas import ReplicaServer, run_replicas
+from share_manager.share.control import Handlers, control_socket
+from share_manager.share.luks import read_header
+from share_manager.share.replicas import ReplicaServers, run_replicas
+from share_manager.share.requests import EngineUpgraded, ResizeShare, ShareResized, UpgradeEngine
+from share_manager.share.servers import server_handlers
 from share_manager.share.session import (
     VolumeOptions,
     clear_leftovers,
@@ -44,7 +49,13 @@ class BlockFile:
         self.started_at = time.time()
         self.record: VolumeRecord | None = None
         self.attachment: Attachment | None = None
-        self.replicas: tuple[ReplicaServer, ...] = ()
+        self.replicas: ReplicaServers | None = None
+        self._operating = trio.Lock()
+        self._handlers: Handlers = {
+            ResizeShare: self._resize,
+            UpgradeEngine: self._upgrade,
+            **server_handlers(paths.volume, lambda: self.replicas),
+        }
 
     async def run(self, beside: Callable[[BlockFile], Awaitable[None]] | None = None) -> None:
         """Until SIGINT, SIGTERM or SIGHUP. Raises ShareManagerError, EngineError, OSError."""
@@ -56,7 +67,7 @@ class BlockFile:
                 try:
                     async with (
                         runtime(self.paths, "attach") as state,
-                        control_socket(self.paths.control, self.status) as answer,
+                        control_socket(self.paths.control, self.status, self._handlers) as answer,
                         background() as tasks,
                     ):
                         tasks.start_soon(answer)
@@ -94,8 +105,31 @@ class BlockFile:
         self.attachment = None
         raise attachment.fenced or RuntimeProblem(f"{attachment.broken}; the block file is gone: attach again")
 
+    @contextlib.asynccontextmanager
+    async def _at_work(self) -> AsyncIterator[Attachment]:
+        """For what an operator asks, one at a time. Raises NotReadyError."""
+        async with self._operating:
+            if self.state != "running" or self.attachment is None:
+                raise NotReadyError(self.paths.volume, self.state)
+            yield self.attachment
+
+    async def _resize(self, request: ResizeShare) -> ShareResized:
+        async with self._at_work() as attachment:
+            try:
+                return await operations.resize(attachment, None, self.paths, request.size, self.report)
+            finally:
+                self.record = attachment.record
+
+    async def _upgrade(self, request: UpgradeEngine) -> EngineUpgraded:
+        async with self._at_work() as attachment:
+            done = await attachment.upgrade()
+            operations.tell_upgraded(done, self.report)
+            return done
+
     async def status(self) -> ShareStatus:
         record, attachment = self.record, self.attachment
+        if attachment is not None:
+            await attachment.refresh()
         engine = attachment.engine if attachment is not None and attachment.engine.returncode is None else None
         return ShareStatus(
             volume=self.paths.volume,
@@ -104,11 +138,12 @@ class BlockFile:
             uuid=record.uuid if record else "",
             epoch=record.epoch if record else 0,
             size_bytes=record.size if record else 0,
+            encrypted=read_header(self.paths) is not None,
             share_manager=ProcessInfo(pid=os.getpid()),
             engine=engine_info(
                 attachment.status if attachment else None, engine.pid if engine else None, str(self.paths.block_file)
             ),
             replicas=replica_infos(self.replicas, attachment),
-            restarts=Restarts(replicas=sum(server.restarts for server in self.replicas)),
+            restarts=Restarts(replicas=sum(server.restarts for server in self.replicas or ())),
             started_at=self.started_at,
         )

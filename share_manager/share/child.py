@@ -68,6 +68,13 @@ class Child:
     async def wait(self) -> int:
         return await self._process.wait()
 
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def make_way(self) -> None:
+        """SIGINT: an engine leaves as by SIGTERM, for a successor in the same attachment."""
+        self._process.send_signal(signal.SIGINT)
+
     def kill(self) -> None:
         self._process.kill()
 

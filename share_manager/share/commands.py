@@ -30,10 +30,13 @@ def find_program(name: str) -> str:
 
 def environment() -> dict[str, str]:
     """For programs whose output is read."""
-    return {**os.environ, "PATH": search_path(), "LC_ALL": "C"}
+    # without DM_DISABLE_UDEV libdevmapper waits for a udev that a container does not have
+    return {**os.environ, "PATH": search_path(), "LC_ALL": "C", "DM_DISABLE_UDEV": "1"}
 
 
-async def run(*argv: str, ok: Sequence[int] = (0,), timeout: float = 120.0) -> tuple[int, str]:
+async def run(
+    *argv: str, ok: Sequence[int] = (0,), timeout: float = 120.0, pass_fds: Sequence[int] = ()
+) -> tuple[int, str]:
     """Run to the end in a session of its own, so that a terminal's Ctrl-C does not reach it.
 
     Returns its status and what it wrote. A program that hangs in the kernel is killed and left behind, never waited
@@ -47,6 +50,7 @@ async def run(*argv: str, ok: Sequence[int] = (0,), timeout: float = 120.0) -> t
         stderr=subprocess.STDOUT,
         env=environment(),
         start_new_session=True,
+        pass_fds=tuple(pass_fds),
     )
     assert process.stdout is not None
     output = bytearray()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import trio
@@ -21,8 +23,24 @@ def free_bytes(directory: Path) -> int:
     return found.f_bavail * found.f_frsize
 
 
+def known_free_bytes(directory: Path) -> int | None:
+    """The same; None when the directory is gone or cannot be reached, which is not for us to fail of."""
+    with contextlib.suppress(OSError):
+        return free_bytes(directory)
+    return None
+
+
 def is_full(directory: Path) -> bool:
     return free_bytes(directory) < _FULL
+
+
+def full_disk(directories: Iterable[Path]) -> Path | None:
+    """The first of these that is on a full disk."""
+    for directory in directories:
+        with contextlib.suppress(OSError):
+            if is_full(directory):
+                return directory
+    return None
 
 
 def disk_full(directory: Path) -> DiskError:
@@ -33,7 +51,10 @@ async def watch_disk(directory: Path, report: Reporter) -> None:
     """Say so when the disk below the replicas runs full: clients then get ENOSPC from a volume that is not full."""
     low = False
     while True:
-        free = free_bytes(directory)
+        free = known_free_bytes(directory)
+        if free is None:
+            await trio.sleep(_INTERVAL)
+            continue
         if free < _LOW and not low:
             message = f"only {free >> 20} MiB free in {directory}: clients get errors when it is full; free some space"
             report.warn("disk_low", message, free_bytes=free, data_dir=str(directory))

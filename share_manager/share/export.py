@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable
+import math
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -15,6 +16,7 @@ from ganesha import (
     Ganesha,
     GaneshaError,
     HealthError,
+    Reach,
     ServerConfig,
     Squash,
     StartError,
@@ -27,9 +29,11 @@ from share_manager.events import Reporter
 from share_manager.paths import VolumePaths
 from share_manager.share.attachment import Attachment
 from share_manager.share.filesystem import Mounted
+from share_manager.share.lifeline import Lifeline
 from share_manager.share.onvolume import on_volume
 from share_manager.share.private import PrivateRoom
 from share_manager.share.procfs import start_time
+from share_manager.share.right import ServingRight
 from share_manager.share.state import StateFile
 from share_manager.share.supervise import Backoff, Decision, Observed, Policy, decide
 
@@ -76,27 +80,51 @@ class Exporter:
     of each attachment."""
 
     def __init__(
-        self, config: ServerConfig, paths: VolumePaths, report: Reporter, state: StateFile, policy: Policy
+        self,
+        config: ServerConfig,
+        paths: VolumePaths,
+        report: Reporter,
+        state: StateFile,
+        policy: Policy,
+        right: ServingRight,
+        silence: Callable[[], None] = lambda: None,
+        drain: Callable[[int], Awaitable[None]] | None = None,
+        lifeline: Lifeline | None = None,
     ) -> None:
+        """`silence` is called before each end of a server that is foreseen: no client is to hear of it. Before that, of
+        one that is healthy, `drain` with its pid: what clients have asked is to be answered."""
         self.server: Ganesha | None = None
         self.epoch = 0
         self.restarts = 0
         self._config = config
+        self._right = right
         self._run_dir = paths.ganesha
         self._log_dir = paths.log
         self._report = report
         self._state = state
         self._policy = policy
+        self._silence = silence
+        self._drain = drain
+        self._lifeline = lifeline
+
+    async def set_allowed(self, allow: Sequence[str]) -> None:
+        """From now on, and in every later start. Raises GaneshaError."""
+        exports = tuple(msgspec.structs.replace(export, allow=tuple(allow)) for export in self._config.exports)
+        self._config = msgspec.structs.replace(self._config, exports=exports)
+        if self.server is not None:
+            await self.server.update_exports(exports)
 
     async def run(
         self,
         attachment: Attachment,
         mounted: Mounted,
         room: PrivateRoom,
+        granted: trio.Event,
         on_ready: Callable[[], Awaitable[None]],
         on_lost: Callable[[], None],
     ) -> None:
-        """Serve until cancelled. What needs more than a new ganesha breaks the attachment off, which cancels this.
+        """Serve until cancelled, clients from when it is `granted`. What needs more than a new ganesha breaks the
+        attachment off, which cancels this.
 
         Raises GaneshaError when the first start fails, GaveUpError, OSError.
         """
@@ -104,7 +132,7 @@ class Exporter:
         first = True
         while True:
             try:
-                reason = await self._serve_once(attachment, mounted, room, on_ready)
+                reason = await self._serve_once(attachment, mounted, room, granted, on_ready)
             except GaneshaError as error:
                 if isinstance(error, StartError) and error.log is not None:
                     # it moves there when the runtime directory goes
@@ -124,30 +152,67 @@ class Exporter:
             self.restarts += 1
 
     async def _serve_once(
-        self, attachment: Attachment, mounted: Mounted, room: PrivateRoom, on_ready: Callable[[], Awaitable[None]]
+        self,
+        attachment: Attachment,
+        mounted: Mounted,
+        room: PrivateRoom,
+        granted: trio.Event,
+        on_ready: Callable[[], Awaitable[None]],
     ) -> str:
         """One life of a ganesha; why it ended."""
+        right = self._right
+        # behind a shut gate it can start meanwhile
+        early = right.network.gated and not granted.is_set()
+
+        async def may_serve() -> None:
+            await granted.wait()
+            await right.regained()
+
         await on_volume(consolidate, room.recovery_root)
         self.epoch = await on_volume(room.take_ganesha_epoch)
         killers: list[Callable[[], None]] = []
+        line = self._lifeline
         try:
             async with run_ganesha(
                 self._config,
                 run_dir=self._run_dir,
                 epoch=self.epoch,
-                keep_fds=(attachment.fuse.fd,),
+                keep_fds=(attachment.fuse.fd, *((line.server,) if line is not None else ())),
                 stop_timeout=STOP_TIMEOUT,
+                reach=Reach(right.network.namespace, right.network.mark),
+                tied=line is not None,
+                before_start=None if early else may_serve,
             ) as server:
-                killers.append(server.kill)
-                attachment.before_abort.append(server.kill)
+
+                def kill() -> None:
+                    self._fall_silent()
+                    server.kill()
+
+                right.kill = server.kill
+                killers.append(kill)
+                attachment.before_abort.append(kill)
                 self._state.process("ganesha", server.pid)
                 await server.wait_ready(READY_TIMEOUT)
                 if not server.carries_uuid(EXPORT_ID, mounted.uuid):
                     raise HandleError(mounted.device)
+                if line is not None:
+                    line.require(server.pid)
+                began = trio.current_time()
+                await may_serve()
+                if trio.current_time() - began > self._config.grace_period / 4:
+                    server.kill()
+                    return "its grace period went by while it could not be reached"
                 self.server = server
-                await on_ready()
-                decision, reason = await self._watch(server, attachment, mounted, room)
-                self.server = None
+                right.open()
+                try:
+                    await on_ready()
+                    decision, reason = await self._watch(server, attachment, mounted, room)
+                finally:
+                    self.server = None
+                    if trio.current_effective_deadline() == -math.inf and attachment.broken is None:
+                        with trio.CancelScope(shield=True):
+                            await self._let_finish(server)
+                    self._fall_silent()
                 if decision is Decision.REATTACH:
                     attachment.break_off(reason)
                     await trio.sleep_forever()
@@ -160,9 +225,23 @@ class Exporter:
             return str(error)
         finally:
             self.server = None
+            right.kill = None
             for kill in killers:
                 with contextlib.suppress(ValueError):
                     attachment.before_abort.remove(kill)
+
+    async def _let_finish(self, server: Ganesha) -> None:
+        """One that is healthy, before it is silenced: what clients have asked is to be answered."""
+        if server.returncode is not None:
+            return
+        if self._drain is not None:
+            await self._drain(server.pid)
+        await self._right.leave()
+
+    def _fall_silent(self) -> None:
+        """No client is to hear of the end. Does not wait or fail."""
+        self._right.silence()
+        self._silence()
 
     async def _unhang(self, error: StopError, attachment: Attachment) -> None:
         """Not even SIGKILL ends it: it waits for the disk. With its requests failed it dies before it can answer."""
@@ -181,6 +260,8 @@ class Exporter:
 
         async def wait_for_exit() -> None:
             await server.wait()
+            # before the kernel sends another word of it
+            self._fall_silent()
             ended.set()
 
         async def follow_events() -> None:
@@ -202,7 +283,12 @@ class Exporter:
                     # writes wait for the record store: a server that waits with them is not hung
                     misses = 0
                 fault = mounted.fault() or room.fault()
-                observed = Observed(filesystem_fault=fault, ganesha_exit=server.returncode, missed_calls=misses)
+                observed = Observed(
+                    filesystem_fault=fault,
+                    ganesha_exit=server.returncode,
+                    missed_calls=misses,
+                    right_lost_for=self._right.lost_for(),
+                )
                 decision, reason = decide(observed, policy)
                 if decision is not Decision.NOTHING:
                     nursery.cancel_scope.cancel()

@@ -8,6 +8,7 @@ leave client records and counters their blocks and inodes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import struct
@@ -23,11 +24,14 @@ from engine.durable import sync_directory
 from share_manager.errors import CommandError, FilesystemError, TimeoutProblem
 from share_manager.events import Reporter
 from share_manager.share.commands import run
-from share_manager.share.formatting import Kind, device_size, format_if_blank
+from share_manager.share.formatting import Kind, device_size, format_if_blank, sync_device
 from share_manager.share.onvolume import on_volume
 from share_manager.share.procfs import CAP_SYS_RESOURCE, holds_capability, mount_at
 
 _FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS, _FS_DIRSYNC_FL = 0x80086601, 0x40086602, 0x00010000
+# sys/mount.h
+_FLAGS = {"nosuid": 2, "nodev": 4, "dirsync": 128, "noatime": 1024}
+_libc = ctypes.CDLL(None, use_errno=True)
 DATA = "data"
 PRIVATE = ".share-manager"
 PRIVATE_IMAGE = ".share-manager.img"
@@ -75,6 +79,13 @@ def ext4_flags(superblock: bytes) -> tuple[bool, bool]:
     return bool(incompat & 0x4), bool(state & 0x2)
 
 
+def ext4_has_checksum_seed(superblock: bytes) -> bool:
+    """metadata_csum_seed, 0x2000 of s_feature_incompat; true also without metadata_csum (0x400 of s_feature_ro_compat),
+    which is what needs it (ext4.h)."""
+    incompat, ro_compat = struct.unpack_from("<II", superblock, 0x60)
+    return bool(incompat & 0x2000) or not ro_compat & 0x400
+
+
 def ext4_bytes(superblock: bytes) -> int:
     (low,) = struct.unpack_from("<I", superblock, 0x4)
     (shift,) = struct.unpack_from("<I", superblock, 0x18)
@@ -82,17 +93,26 @@ def ext4_bytes(superblock: bytes) -> int:
     return int((high << 32 | low) << (10 + shift))
 
 
-async def check(device: str, kind: Kind) -> Checked:
+async def check(device: str, kind: Kind, target: Path) -> Checked:
     """Bring a filesystem that was not cleanly unmounted into order. Raises FilesystemError.
 
-    ext4: the journal is replayed; a full check runs only when the error flag is set, as e2fsck itself decides.
-    xfs replays its log at mount.
+    ext4: the journal is replayed by the kernel, mounted at `target` for a moment; a full check runs only when the error
+    flag is set. The kernel leaves the journal alone when it cannot write what is in it, as on a full disk. e2fsck -p
+    goes on without it, and clears whatever only the journal knew of. xfs replays its log at mount.
     """
     if kind == "xfs":
         return Checked(needed=False)
     replay, error = ext4_flags(await on_volume(ext4_superblock, device))
     if not replay and not error:
         return Checked(needed=False)
+    if replay:
+        await mount(device, kind, target, mount_options(kind, dirsync=True))
+        await unmount(target)
+        again, error = ext4_flags(await on_volume(ext4_superblock, device))
+        if again:
+            raise FilesystemError(device, "its journal cannot be written back: is the disk of a replica full?")
+        if not error:
+            return Checked(needed=True)
     # 0 clean, 1 corrected, 2 corrected and "reboot" (for a mounted root): e2fsck(8)
     status, output = await run("e2fsck", "-p", device, ok=range(256), timeout=6 * 3600)
     if status > 2:
@@ -112,7 +132,9 @@ def mount_options(kind: Kind, dirsync: bool) -> str:
     if dirsync:
         options.append("dirsync")
     if kind == "ext4":
-        options += ["errors=remount-ro", "noinit_itable"]
+        # who asks for a commit gets it: ext4 would wait as long as a commit takes, for others to join, whenever another
+        # thread asked for the one before, and each of ganesha's requests may have a thread of its own
+        options += ["errors=remount-ro", "noinit_itable", "max_batch_time=0"]
     else:
         # an earlier attachment that some other mount namespace still holds has the same UUID, and does no harm
         options.append("nouuid")
@@ -122,6 +144,10 @@ def mount_options(kind: Kind, dirsync: bool) -> str:
 async def mount(device: str, kind: Kind, target: Path, options: str) -> None:
     """Raises FilesystemError."""
     await on_volume(partial(target.mkdir, mode=0o700, exist_ok=True))
+    with contextlib.suppress(OSError):
+        await on_volume(_mount, device, kind, target, options)
+        return
+    # it says better than the kernel what is wrong
     try:
         await run("mount", "-t", kind, "-o", options, device, str(target), timeout=3600)
     except CommandError as error:
@@ -130,6 +156,19 @@ async def mount(device: str, kind: Kind, target: Path, options: str) -> None:
         if kind == "xfs":
             remedy = "; if its log is damaged, attach the volume with `share-manager attach` and run xfs_repair"
         raise FilesystemError(device, f"it cannot be mounted: {lines[0] if lines else error}{remedy}") from error
+
+
+def _mount(device: str, kind: Kind, target: Path, options: str) -> None:
+    """Without the time that a program takes to start. Raises OSError."""
+    flags, rest = 0, []
+    for option in options.split(","):
+        if option in _FLAGS:
+            flags |= _FLAGS[option]
+        else:
+            rest.append(option)
+    where = os.fsencode(device), os.fsencode(target), kind.encode()
+    if _libc.mount(*where, flags, ",".join(rest).encode()):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), device)
 
 
 async def unmount(target: Path, *, busy_for: float = BUSY_TIMEOUT, timeout: float = UNMOUNT_TIMEOUT) -> None:
@@ -165,14 +204,35 @@ async def grow_unmounted(device: str) -> bool:
 
 async def grow(device: str, kind: Kind, target: Path) -> bool:
     """Grow the mounted filesystem to its device; whether it was smaller. Raises CommandError."""
-    before = os.statvfs(target)
+    before = await on_volume(os.statvfs, target)
     if kind == "ext4":
         if not await on_volume(is_smaller, device):
             return False
         await run("resize2fs", device, timeout=3600)
     else:
         await run("xfs_growfs", "-d", str(target), timeout=3600)
-    return os.statvfs(target).f_blocks != before.f_blocks
+    return (await on_volume(os.statvfs, target)).f_blocks != before.f_blocks
+
+
+async def renew_uuid(device: str, kind: Kind, fs_uuid: uuid.UUID, target: Path) -> None:
+    """Give a filesystem that was checked another UUID, which file handles carry. It can be interrupted, and repeated.
+
+    `target` is where it may be mounted for a moment. Raises FilesystemError, CommandError.
+    """
+    if kind == "ext4":
+        if not ext4_has_checksum_seed(await on_volume(ext4_superblock, device)):
+            # else every checksum of metadata would have to be written anew (Linux 4.4)
+            await run("tune2fs", "-O", "metadata_csum_seed", device, timeout=600)
+        await run("tune2fs", "-U", str(fs_uuid), device, timeout=3600)
+    else:
+        # the log, which a freeze leaves as after a crash, is replayed by the kernel only
+        try:
+            await mount(device, kind, target, "nouuid")
+        finally:
+            with trio.CancelScope(shield=True):
+                await unmount(target)
+        await run("xfs_admin", "-U", str(fs_uuid), device, timeout=600)
+    await on_volume(sync_device, device)
 
 
 def lay_out(root: Path, options: FilesystemOptions) -> None:
@@ -226,7 +286,10 @@ def health(target: Path, device: str, errors_at_mount: int) -> str | None:
 
 def error_count(device: str) -> int:
     try:
-        return int(Path(f"/sys/fs/ext4/{Path(device).name}/errors_count").read_text())
+        # /dev/mapper/NAME is dm-N to the kernel
+        number = os.stat(device).st_rdev
+        name = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve().name
+        return int(Path(f"/sys/fs/ext4/{name}/errors_count").read_text())
     except (OSError, ValueError):
         return 0
 
@@ -276,22 +339,33 @@ async def mounted(
     volume: str,
     volume_uuid: str,
     marker: Path,
+    inherited: Path,
     target: Path,
     options: FilesystemOptions,
     report: Reporter,
     give_up: Callable[[str], None],
 ) -> AsyncIterator[Mounted]:
-    """Format if blank, check, mount, grow, lay out. Raises ShareManagerError, OSError."""
+    """Format if blank, check, mount, grow, lay out. Raises ShareManagerError, OSError.
+
+    `inherited` is a file that a clone has until its filesystem has a UUID of its own.
+    """
     fs_uuid = filesystem_uuid(volume_uuid)
+    uuids = inherited.read_text().split() if inherited.exists() else []
     remedy = f"look at it with `share-manager attach {volume}` and wipefs, or serve a new volume"
-    kind, made = await format_if_blank(device, options.kind, fs_uuid, marker, remedy=remedy)
+    kind, made = await format_if_blank(device, options.kind, fs_uuid, marker, remedy=remedy, inherited=uuids)
     if made:
         report.emit("formatted", f"formatted with {kind}", fs=kind, uuid=str(fs_uuid))
     else:
-        checked = await check(device, kind)
+        checked = await check(device, kind, target)
         if checked.needed:
             how = "checked and repaired" if checked.repaired else "journal replayed"
             report.emit("checked", f"{kind} was not cleanly unmounted: {how}", fs=kind, repaired=checked.repaired)
+    if uuids:
+        if not made:
+            await renew_uuid(device, kind, fs_uuid, target)
+            report.emit("renewed", f"{kind} of a clone has a UUID of its own", fs=kind, uuid=str(fs_uuid))
+        inherited.unlink()
+        sync_directory(inherited.parent)
     grown = kind == "ext4" and not made and await grow_unmounted(device)
     try:
         await mount(device, kind, target, mount_options(kind, options.dirsync))

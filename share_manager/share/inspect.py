@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from engine.errors import EngineError
+from engine.errors import EngineError, RecordMissingError
 from share_manager.errors import ShareManagerError
 from share_manager.paths import VolumePaths
 from share_manager.share.control import ask_status
 from share_manager.share.leftovers import Leftovers, observe
+from share_manager.share.luks import read_header
 from share_manager.share.state import read_state
 from share_manager.share.status import EngineInfo, GaneshaInfo, ReplicaInfo, ShareStatus
 from share_manager.volumes import lock_holder, read_record
@@ -18,8 +19,14 @@ async def volume_status(paths: VolumePaths) -> ShareStatus:
     if answer is not None:
         return answer
     found = observe(paths)
-    record = read_record(paths)
     state = read_state(paths.state)
+    try:
+        record = read_record(paths)
+    except RecordMissingError:
+        if not paths.secret.exists():
+            raise
+        # its record is on a record server, and nobody runs here who could tell more
+        return ShareStatus(volume=paths.volume, state=_state(paths, found), kind="share")
     pids = {name: process.pid for name, process in state.processes.items()} if state else {}
     alive = {process.pid for process in found.replicas}
     return ShareStatus(
@@ -30,6 +37,7 @@ async def volume_status(paths: VolumePaths) -> ShareStatus:
         uuid=record.uuid,
         epoch=record.epoch,
         size_bytes=record.size,
+        encrypted=read_header(paths) is not None,
         device=found.loops[0] if found.loops else None,
         mountpoint=str(paths.mountpoint) if paths.mountpoint in found.mounts else None,
         engine=EngineInfo(

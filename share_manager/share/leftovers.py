@@ -20,17 +20,21 @@ import trio
 
 from engine.errors import FrontendError
 from engine.frontend.fuse_device import FuseDevice
-from share_manager.errors import CommandError, LeftoverError, TimeoutProblem
+from share_manager.errors import CommandError, LeftoverError, TimeoutProblem, VolumeBusyError
 from share_manager.paths import VolumePaths
 from share_manager.share.commands import run
+from share_manager.share.cryptsetup import mapping_path
+from share_manager.share.freeze import THAW_TIMEOUT, thaw
 from share_manager.share.loop import detach_loop
+from share_manager.share.mapping import close_mapping, mappings_of
+from share_manager.share.onvolume import on_volume
 from share_manager.share.procfs import (
     ProcessId,
     command_line,
     identify,
     is_alive,
     loops_below,
-    mounts_below,
+    mounts_of,
     processes_naming,
     start_time,
 )
@@ -43,8 +47,8 @@ UNMOUNT_TIMEOUT = 30.0
 KILL_TIMEOUT = 10.0
 _HELPERS = frozenset(
     {
-        *("blkid", "dbus-daemon", "e2fsck", "losetup", "mkfs.ext4", "mke2fs", "mkfs.xfs", "mount", "resize2fs"),
-        *("umount", "xfs_growfs", "xfs_io"),
+        *("blkid", "cryptsetup", "dbus-daemon", "dmsetup", "e2fsck", "losetup", "mkfs.ext4", "mke2fs", "mkfs.xfs"),
+        *("fstrim", "mount", "resize2fs", "sync", "tune2fs", "umount", "xfs_admin", "xfs_db", "xfs_growfs", "xfs_io"),
     }
 )
 
@@ -57,6 +61,7 @@ class Leftovers(msgspec.Struct, frozen=True, kw_only=True):
     replicas: tuple[ProcessId, ...] = ()
     helpers: tuple[ProcessId, ...] = ()
     mounts: tuple[Path, ...] = ()
+    mappings: tuple[str, ...] = ()
     loops: tuple[str, ...] = ()
     block_file: bool = False
 
@@ -75,9 +80,11 @@ class Step(enum.Enum):
     KILL_HELPERS = "end unfinished programs"
     ASK_GANESHA = "ask ganesha to leave"
     KILL_GANESHA = "kill ganesha"
+    THAW = "thaw a frozen filesystem"
     ABORT_BLOCK_FILE = "abort the block file"
     AWAIT_GANESHA = "wait for ganesha's exit"
     UNMOUNT = "unmount"
+    CLOSE_MAPPINGS = "close encrypted devices"
     DETACH_LOOPS = "detach loop devices"
     ASK_ENGINE = "ask the engine to leave"
     UNMOUNT_BLOCK_FILE = "unmount the block file"
@@ -88,16 +95,23 @@ def plan(found: Leftovers) -> list[Step]:
     """The order of leaving. Without engine or replicas requests hang, so ganesha dies before they are failed."""
     steps = []
     orderly = bool(found.engine and found.replicas)
+    if found.mounts and orderly:
+        # killed while it took a snapshot: ganesha's writers cannot leave before
+        steps.append(Step.THAW)
     if found.ganesha:
         steps.append(Step.ASK_GANESHA if orderly else Step.KILL_GANESHA)
     if found.helpers:
         steps.append(Step.KILL_HELPERS)
-    if not orderly and (found.block_file or found.loops or found.mounts):
+    if not orderly and (found.block_file or found.loops or found.mappings or found.mounts):
         steps.append(Step.ABORT_BLOCK_FILE)
+    if found.mounts and not orderly:
+        steps.append(Step.THAW)
     if found.ganesha and not orderly:
         steps.append(Step.AWAIT_GANESHA)
     if found.mounts:
         steps.append(Step.UNMOUNT)
+    if found.mappings:
+        steps.append(Step.CLOSE_MAPPINGS)
     if found.loops:
         steps.append(Step.DETACH_LOOPS)
     if found.engine:
@@ -117,17 +131,29 @@ def classify(argv: list[str]) -> str | None:
         return "replicas"
     if "engine" in modules:
         return "engine"
+    if "engine.browse" in modules:
+        return "helpers"
     if program == "ganesha.nfsd":
         return "ganesha"
     return "helpers" if program in _HELPERS else None
 
 
+def refuse_orphan(paths: VolumePaths, wanted: str) -> None:
+    """Raises VolumeBusyError, which ends with `wanted`, when a killed run left the volume in use."""
+    found = observe(paths)
+    if found.alive or found.mounts:
+        processes = found.ganesha + found.engine + found.replicas
+        raise VolumeBusyError(paths.volume, processes[0].pid if processes else None, wanted)
+
+
 def observe(paths: VolumePaths) -> Leftovers:
-    mounts = [mount.target for mount in mounts_below(paths.run)]
     loops = loops_below(paths.run)
+    mappings = mappings_of(paths)
+    devices = [*loops, *mappings, *map(mapping_path, mappings)]
+    mounts = [mount.target for mount in mounts_of(paths.run, devices)]
     groups: dict[str, list[ProcessId]] = {"ganesha": [], "engine": [], "replicas": [], "helpers": []}
     candidates = processes_naming(paths.run)
-    for device in loops:
+    for device in devices:
         candidates.update(processes_naming_device(device))
     for pid, argv in sorted(candidates.items()):
         kind, found = classify(argv), identify(pid)
@@ -145,6 +171,7 @@ def observe(paths: VolumePaths) -> Leftovers:
         replicas=tuple(groups["replicas"]),
         helpers=tuple(groups["helpers"]),
         mounts=tuple(target for target in mounts if target != paths.block_file),
+        mappings=tuple(mappings),
         loops=tuple(loops),
         block_file=paths.block_file in mounts,
     )
@@ -200,10 +227,11 @@ async def clear(paths: VolumePaths, report: Callable[[str], None] = lambda step:
     if found.empty and not paths.run.exists():
         return False
     for step in plan(found):
-        report(step.value)
+        if step is not Step.THAW:  # there is hardly ever anything to thaw, and only trying tells
+            report(step.value)
         await _do(step, found, paths)
     remaining = observe(paths)
-    if remaining.mounts or remaining.loops or remaining.block_file:
+    if remaining.mounts or remaining.mappings or remaining.loops or remaining.block_file:
         await _force(paths, remaining)
         remaining = observe(paths)
     if remaining.alive:
@@ -234,16 +262,22 @@ async def _do(step: Step, found: Leftovers, paths: VolumePaths) -> None:
         case Step.KILL_GANESHA:
             for process in found.ganesha:
                 send(process, signal.SIGKILL)
+        case Step.THAW:
+            for target in found.mounts:
+                with contextlib.suppress(OSError), trio.move_on_after(THAW_TIMEOUT):
+                    await on_volume(thaw, target)
         case Step.ABORT_BLOCK_FILE:
             abort_block_file(paths.block_file)
         case Step.AWAIT_GANESHA:
             await gone(found.ganesha, KILL_TIMEOUT)
         case Step.UNMOUNT:
             await _unmount_all(paths, found.mounts)
+        case Step.CLOSE_MAPPINGS:
+            await _close_mappings(paths, found.mappings)
         case Step.DETACH_LOOPS:
             for device in reversed(found.loops):
                 with contextlib.suppress(TimeoutProblem, CommandError):
-                    await detach_loop(device)
+                    await detach_loop(device, below=paths.run)
         case Step.ASK_ENGINE:
             await ask(found.engine, ENGINE_TIMEOUT)
         case Step.UNMOUNT_BLOCK_FILE:
@@ -260,7 +294,7 @@ async def _unmount_all(paths: VolumePaths, mounts: tuple[Path, ...]) -> None:
             try:
                 # a loop device over a file inside keeps the mount busy
                 for device in loops_below(target):
-                    await detach_loop(device)
+                    await detach_loop(device, below=target)
                 await run("umount", "--no-canonicalize", str(target), ok=(0, 32), timeout=UNMOUNT_TIMEOUT)
             except (CommandError, TimeoutProblem):
                 stuck = True
@@ -268,6 +302,11 @@ async def _unmount_all(paths: VolumePaths, mounts: tuple[Path, ...]) -> None:
             return
         # the engine lives and yet nothing moves: fail the requests, nobody exports them any more
         abort_block_file(paths.block_file)
+
+
+async def _close_mappings(paths: VolumePaths, names: tuple[str, ...]) -> None:
+    for name in names:
+        await close_mapping(name, lambda reason: abort_block_file(paths.block_file))
 
 
 async def _force(paths: VolumePaths, remaining: Leftovers) -> None:
@@ -279,9 +318,10 @@ async def _force(paths: VolumePaths, remaining: Leftovers) -> None:
     for target in reversed(remaining.mounts):
         with contextlib.suppress(CommandError, TimeoutProblem):
             await run("umount", "--no-canonicalize", "--lazy", str(target), ok=(0, 1, 32), timeout=UNMOUNT_TIMEOUT)
+    await _close_mappings(paths, remaining.mappings)
     for device in reversed(remaining.loops):
         with contextlib.suppress(TimeoutProblem, CommandError):
-            await detach_loop(device, timeout=5)
+            await detach_loop(device, timeout=5, below=paths.run)
     with contextlib.suppress(FrontendError):
         FuseDevice(paths.block_file, -1).unmount()
 

@@ -16,7 +16,7 @@ import msgspec
 import trio
 
 from engine.durable import replace_file, sync_directory
-from ganesha import make_durable
+from ganesha import drop_all, make_durable
 from share_manager.errors import CommandError, FilesystemError, TimeoutProblem
 from share_manager.events import Reporter
 from share_manager.share import filesystem
@@ -114,10 +114,13 @@ async def private_room(
     root: Path,
     volume_size: int,
     report: Reporter,
+    drop_recovery: Path,
     record_device: Callable[[str], None],
     give_up: Callable[[str], None],
 ) -> AsyncIterator[PrivateRoom]:
-    """Mount it. `give_up` is called when leaving hangs: it must fail every request that hangs.
+    """Mount it. While the file `drop_recovery` exists the clients' records are those of another past (a salvage, a
+    revert): they are dropped, and then the file. `give_up` is called when leaving hangs: it must fail every request
+    that hangs.
 
     Raises FilesystemError, CommandError, OSError.
     """
@@ -126,9 +129,15 @@ async def private_room(
     device = ""
     try:
         device = await attach_loop(image, record_device)
-        await _check(device, report)
+        await _check(device, target, report)
         await filesystem.mount(device, "ext4", target, filesystem.mount_options("ext4", dirsync=True))
         room = PrivateRoom(target, device)
+        if drop_recovery.exists():
+            await on_volume(drop_all, room.recovery_root)
+            await on_volume(make_durable, room.recovery_root)
+            drop_recovery.unlink()
+            sync_directory(drop_recovery.parent)
+            report.emit("recovery_dropped", "clients' locks belong to what the volume was before, and are forgotten")
         await on_volume(_prepare, room)
         yield room
     finally:
@@ -136,17 +145,17 @@ async def private_room(
             await filesystem.leave(target, report, give_up)
             if device:
                 try:
-                    await detach_loop(device)
+                    await detach_loop(device, below=root)
                 except (TimeoutProblem, CommandError) as error:
                     give_up(str(error))
                     report.warn("loop_busy", f"{device} stays attached until its last user is gone: {error}")
 
 
-async def _check(device: str, report: Reporter) -> None:
+async def _check(device: str, target: Path, report: Reporter) -> None:
     """It holds only what clients can live without, in the worst case: what e2fsck cannot mend by itself is mended by
     force."""
     try:
-        await filesystem.check(device, "ext4")
+        await filesystem.check(device, "ext4", target)
     except FilesystemError:
         status, _ = await run("e2fsck", "-f", "-y", device, ok=range(256), timeout=600)
         if status > 2:

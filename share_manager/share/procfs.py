@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import signal
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -100,25 +102,57 @@ class Mount:
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
+class MountLine(NamedTuple):
+    """One line of mountinfo (proc(5)), as it is but for the escapes."""
+
+    device: str
+    root: str
+    target: str
+    options: str
+    fstype: str
+    source: str
+    shown: str
+
+
+def mount_lines(text: str) -> Iterator[MountLine]:
+    """In the order in which they were mounted."""
+    for line in text.splitlines():
+        before, separator, after = line.partition(" - ")
+        fields, rest = before.split(" "), after.split(" ")
+        if separator and len(fields) >= 6 and len(rest) >= 3:
+            yield MountLine(
+                fields[2], _unescape(fields[3]), _unescape(fields[4]), fields[5], rest[0], _unescape(rest[1]), rest[2]
+            )
+
+
 def _unescape(text: str) -> str:
-    raw = _ESCAPE.sub(lambda match: chr(int(match[1], 8)), text)
-    return os.fsdecode(raw.encode("latin-1", "surrogateescape")) if _ESCAPE.search(text) else raw
+    """The kernel escapes some characters of ASCII only (seq_path, mangle)."""
+    return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), text)
 
 
 def parse_mounts(text: str) -> list[Mount]:
     """In the order in which they were mounted."""
-    mounts = []
-    for line in text.splitlines():
-        before, _, after = line.partition(" - ")
-        fields, rest = before.split(" "), after.split(" ")
-        options = frozenset(fields[5].split(",")) | frozenset(rest[2].split(","))
-        mounts.append(Mount(Path(_unescape(fields[4])), rest[0], _unescape(rest[1]), options))
-    return mounts
+    return [
+        Mount(Path(line.target), line.fstype, line.source, frozenset(f"{line.options},{line.shown}".split(",")))
+        for line in mount_lines(text)
+    ]
+
+
+def all_mounts() -> list[Mount]:
+    return parse_mounts(Path("/proc/self/mountinfo").read_text(errors="surrogateescape"))
 
 
 def mounts_below(directory: Path) -> list[Mount]:
-    text = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
-    return [mount for mount in parse_mounts(text) if mount.target.is_relative_to(directory)]
+    return [mount for mount in all_mounts() if mount.target.is_relative_to(directory)]
+
+
+def mounts_of(directory: Path, devices: Collection[str]) -> list[Mount]:
+    """Mounts below `directory`, and those elsewhere of one of `devices` or of a source that is a path below it."""
+    return [
+        mount
+        for mount in all_mounts()
+        if mount.target.is_relative_to(directory) or mount.source in devices or mount.source.startswith(f"{directory}/")
+    ]
 
 
 def mount_at(target: Path) -> Mount | None:

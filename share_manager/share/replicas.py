@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Protocol
 
 import trio
 
 from engine.launch import ReplicaConfig, replica_argv
 from engine.record import ReplicaRecord
-from share_manager.errors import NoReplicaAvailableError
+from share_manager.errors import NoReplicaAvailableError, ReplicaProcessError
 from share_manager.events import Reporter
 from share_manager.paths import VolumePaths
-from share_manager.share.background import background
+from share_manager.share.background import Background, background
 from share_manager.share.child import Child, start_child
 from share_manager.share.state import StateFile
 from share_manager.share.supervise import Backoff
@@ -21,10 +23,29 @@ START_TIMEOUT = 15.0
 STOP_TIMEOUT = 15.0
 
 
+class Workplace(Protocol):
+    """Where a replica's process has its configuration, secret and log: a volume's paths, or those of a node."""
+
+    @property
+    def run(self) -> Path: ...
+
+    @property
+    def secret(self) -> Path: ...
+
+    @property
+    def log(self) -> Path: ...
+
+
+class Processes(Protocol):
+    """Who takes note of processes, for those that clear up after a crash."""
+
+    def process(self, name: str, pid: int | None) -> None: ...
+
+
 class ReplicaServer:
     """One replica's process, over all its lives. `restarts` counts those after the first."""
 
-    def __init__(self, record: ReplicaRecord, paths: VolumePaths) -> None:
+    def __init__(self, record: ReplicaRecord, paths: Workplace) -> None:
         self.record = record
         self.restarts = 0
         self.failure = ""
@@ -32,17 +53,26 @@ class ReplicaServer:
         self.listening = False
         self._paths = paths
         self._child: Child | None = None
+        self._life = trio.CancelScope()
 
     @property
     def name(self) -> str:
         return self.record.name
 
     @property
+    def known(self) -> bool:
+        return True
+
+    @property
     def pid(self) -> int | None:
         return self._child.pid if self._child is not None and self._child.returncode is None else None
 
-    async def supervise(self, report: Reporter, state: StateFile) -> None:
-        """Keep it running until cancelled."""
+    async def supervise(self, report: Reporter, state: Processes) -> None:
+        """Keep it running until it is stopped, or cancelled."""
+        with self._life:
+            await self._supervise(report, state)
+
+    async def _supervise(self, report: Reporter, state: Processes) -> None:
         backoff = Backoff()
         while True:
             await self._live(report, state)
@@ -56,13 +86,14 @@ class ReplicaServer:
             await trio.sleep(pause)
             self.restarts += 1
 
-    async def _live(self, report: Reporter, state: StateFile) -> None:
-        socket = self._paths.replica_socket(self.name)
+    async def _live(self, report: Reporter, state: Processes) -> None:
         config = ReplicaConfig(
             directory=self.record.directory, listen=self.record.address, secret_file=str(self._paths.secret)
         )
         try:
-            socket.unlink(missing_ok=True)
+            scheme, _, path = self.record.address.partition(":")
+            if scheme == "unix":
+                Path(path).unlink(missing_ok=True)
             argv = replica_argv(config, self._paths.run / f"{self.name}.json")
             child = self._child = await start_child(f"replica {self.name}", argv, self._paths.log / f"{self.name}.log")
             state.process(self.name, child.pid)
@@ -93,24 +124,70 @@ class ReplicaServer:
             nursery.cancel_scope.cancel()
 
     async def stop(self) -> None:
+        """For good."""
+        self._life.cancel()
         if self._child is not None:
             await self._child.stop(STOP_TIMEOUT)
             await self._child.aclose()
 
 
+class ReplicaServers:
+    """Those of one volume; more can be started, and some stopped, at any time."""
+
+    def __init__(self, paths: VolumePaths, report: Reporter, state: StateFile, tasks: Background) -> None:
+        self._paths = paths
+        self._report = report
+        self._state = state
+        self._tasks = tasks
+        self._servers: dict[str, ReplicaServer] = {}
+
+    def __iter__(self) -> Iterator[ReplicaServer]:
+        return iter(list(self._servers.values()))
+
+    def begin(self, record: ReplicaRecord) -> ReplicaServer:
+        server = self._servers[record.name] = ReplicaServer(record, self._paths)
+        self._tasks.start_soon(server.supervise, self._report, self._state)
+        return server
+
+    async def start(self, name: str, directory: Path) -> None:
+        """Serve a directory at the address of this replica. Raises ReplicaProcessError; then it is not kept."""
+        if name in self._servers:
+            raise ReplicaProcessError(name, "it has a server already")
+        address = f"unix:{self._paths.replica_socket(name)}"
+        server = self.begin(ReplicaRecord(name=name, address=address, directory=str(directory)))
+        await server.tried.wait()
+        if not server.listening:
+            await self.stop(name)
+            raise ReplicaProcessError(name, server.failure)
+        self._report.emit("replica_started", f"replica {name} is up", replica=name, pid=server.pid)
+
+    async def stop(self, name: str) -> None:
+        """Harmless when there is none."""
+        server = self._servers.pop(name, None)
+        if server is not None:
+            with trio.CancelScope(shield=True):
+                await server.stop()
+                self._state.process(name, None)
+
+    async def stop_all(self) -> None:
+        async with trio.open_nursery() as stopping:
+            for server in self:
+                stopping.start_soon(server.stop)
+
+
 @contextlib.asynccontextmanager
 async def run_replicas(
     replicas: tuple[ReplicaRecord, ...], paths: VolumePaths, report: Reporter, state: StateFile
-) -> AsyncIterator[tuple[ReplicaServer, ...]]:
+) -> AsyncIterator[ReplicaServers]:
     """Start all; at least one must come up. Leaving the block asks them to close their directories.
 
     Raises NoReplicaAvailableError.
     """
-    servers = tuple(ReplicaServer(record, paths) for record in replicas)
     async with background() as tasks:
+        servers = ReplicaServers(paths, report, state, tasks)
         try:
-            for server in servers:
-                tasks.start_soon(server.supervise, report, state)
+            for record in replicas:
+                servers.begin(record)
             for server in servers:
                 await server.tried.wait()
             up = [server.name for server in servers if server.listening]
@@ -123,6 +200,4 @@ async def run_replicas(
             # before they are stopped, or the supervision would start them again
             tasks.stop()
             with trio.CancelScope(shield=True):
-                async with trio.open_nursery() as stopping:
-                    for server in servers:
-                        stopping.start_soon(server.stop)
+                await servers.stop_all()

@@ -11,7 +11,8 @@ from share_manager.share.procfs import ProcessId, identify
 
 
 class RunState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """`kind`: serve or attach. `processes` by name: share-manager, engine, ganesha, r1.."""
+    """`kind`: serve or attach. `processes` by name: share-manager, engine, ganesha, r1.. `gate_port`: there are rules
+    for it in the present network namespace; 0 for none."""
 
     volume: str
     data_dir: str
@@ -21,6 +22,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     private_device: str = ""
     endpoint: str = ""
     epoch: int = 0
+    gate_port: int = 0
 
 
 class StateFile:

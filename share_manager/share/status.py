@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from engine.client import EngineStatus, OperationStats
+from engine.client import CloneStatus, EngineStatus, OperationStats
 
 
 class ProcessInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -12,7 +12,7 @@ class ProcessInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """`operations` keyed read, write, flush, unmap, counted since the engine started."""
+    """`operations` keyed read, write, flush, unmap, counted since the engine started. `clone`: what is still shared."""
 
     pid: int | None = None
     state: str = "stopped"
@@ -22,6 +22,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     dirty_regions: int = 0
     requests_in_flight: int = 0
     operations: dict[str, OperationStats] = {}
+    clone: CloneStatus | None = None
 
 
 class GaneshaInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,7 +33,12 @@ class GaneshaInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReplicaInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """`state`: in_sync, resyncing, leaving, out, or down (its process does not run). `resync_*` in bytes."""
+    """`state`: in_sync, resyncing, leaving, out, or down (its process does not run).
+
+    `resync_done` and `resync_total` in bytes, `resync_rate` in bytes a second, `resync_left` in seconds; `phase` says
+    what is copied: snapshots, head or changes. Since the engine started: `damaged` ranges found on its disk, those
+    `repaired`, and when its last scrub ended, in seconds since 1970 (0: never).
+    """
 
     name: str
     address: str
@@ -42,10 +48,19 @@ class ReplicaInfo(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     resync_done: int = 0
     resync_total: int = 0
+    resync_rate: float = 0.0
+    resync_left: float | None = None
+    phase: str = ""
     restarts: int = 0
+    damaged: int = 0
+    repaired: int = 0
+    scrubbed_at: float = 0.0
 
 
 class ClientInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the network has a gate, ganesha sees all clients at one address: their versions are those of all together,
+    and the ids are known when there is one client only."""
+
     address: str
     versions: tuple[str, ...] = ()
     last_seen: float = 0.0
@@ -69,11 +84,39 @@ class NfsIo(msgspec.Struct, frozen=True, kw_only=True):
     write_operations: int = 0
 
 
-class ShareStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """`state`: stopped, starting, running, repairing, stopping; orphaned when a killed share manager left processes.
+class FailoverInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The last change of node. `duration`: seconds from the last sign of the node before until this one served. `id` is
+    in every event of it, on all nodes."""
 
-    `kind`: serve or attach, empty when stopped. `clients` hold a lease. `replicas` states of a stopped volume are those
-    of its record.
+    id: str
+    cause: str
+    before: str
+    after: str
+    duration: float | None = None
+    at: float = 0.0
+
+
+class NodeInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A share of several nodes. `role`: standby, taking, serving, leaving, releasing, ended; `holder` is the node that
+    has the lease, `phase` what that says. `records`: whether the record server answers."""
+
+    name: str
+    role: str
+    holder: str = ""
+    phase: str = ""
+    address: str = ""
+    last_failover: FailoverInfo | None = None
+    records: bool = True
+
+
+class ShareStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """`state`: stopped, starting, running, repairing, stopping, standby; orphaned when a killed share manager left
+    processes.
+
+    `kind`: serve, attach or share (of several nodes, see `node`), empty when stopped. `clients` hold a lease.
+    `replicas` states of a stopped volume are those of its record. `phases`: seconds that each step of the last
+    attachment took. `allow`: networks whose clients may use it, empty for everyone. `right_held`: whether clients may
+    be answered at present; None where no right is needed.
     """
 
     volume: str
@@ -85,10 +128,14 @@ class ShareStatus(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int = 0
     size_bytes: int = 0
     filesystem: str | None = None
+    encrypted: bool = False
     used_bytes: int | None = None
     in_grace: bool | None = None
     grace_ends_at: float | None = None
     clients: tuple[ClientInfo, ...] = ()
+    allow: tuple[str, ...] = ()
+    network: str = ""
+    right_held: bool | None = None
     share_manager: ProcessInfo | None = None
     engine: EngineInfo = EngineInfo()
     device: str | None = None
@@ -101,6 +148,8 @@ class ShareStatus(msgspec.Struct, frozen=True, kw_only=True):
     data_dir_free_bytes: int | None = None
     metrics: str | None = None
     last_failure: str = ""
+    node: NodeInfo | None = None
+    phases: dict[str, float] = {}
 
 
 def engine_info(status: EngineStatus | None, pid: int | None, block_file: str) -> EngineInfo:
@@ -115,4 +164,5 @@ def engine_info(status: EngineStatus | None, pid: int | None, block_file: str) -
         dirty_regions=status.dirty_regions,
         requests_in_flight=status.requests_in_flight,
         operations=status.operations,
+        clone=status.clone,
     )

@@ -6,6 +6,7 @@ the engine ended by itself, its file can be resumed  another engine on the same 
 the engine ended, or does not answer for long        take the share down in fencing order and attach again
 the filesystem went read-only or recorded an error   the same: what is in the page cache cannot be trusted
 ganesha ended, or several NULL calls were missed     a new ganesha in place, with a new epoch number
+the right to serve is lost for long                  the same, when the right is back
 a replica ended                                      start it again; the engine resynchronises it by itself
 """
 
@@ -31,12 +32,14 @@ class Decision(enum.Enum):
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """`null_misses` NULL calls in a row, `null_interval` seconds apart, each waited for `null_timeout` seconds, make a
-    hung ganesha; `engine_silence` seconds without an answer of the engine's supervisor socket a hung engine."""
+    hung ganesha; `engine_silence` seconds without an answer of the engine's supervisor socket a hung engine. A server
+    without the right to serve is silent at once, and ends after `right_patience` seconds."""
 
     null_interval: float = 2.0
     null_timeout: float = 3.0
     null_misses: int = 3
     engine_silence: float = 30.0
+    right_patience: float = 5.0
     stable_after: float = 15.0
     give_up_after: int = 10
 
@@ -49,6 +52,7 @@ class Observed(msgspec.Struct, frozen=True, kw_only=True):
     filesystem_fault: str | None = None
     ganesha_exit: int | None = None
     missed_calls: int = 0
+    right_lost_for: float = 0.0
 
 
 def may_resume(exit_status: int, resumable: bool, resumed: Sequence[float], now: float) -> bool:
@@ -79,6 +83,8 @@ def decide(observed: Observed, policy: Policy) -> tuple[Decision, str]:
         return Decision.RESTART_GANESHA, f"ganesha ended with {how}"
     if observed.missed_calls >= policy.null_misses:
         return Decision.RESTART_GANESHA, f"ganesha left {observed.missed_calls} calls unanswered"
+    if observed.right_lost_for > policy.right_patience:
+        return Decision.RESTART_GANESHA, "the right to serve is lost: the replicas have not confirmed it for too long"
     return Decision.NOTHING, ""
 
 

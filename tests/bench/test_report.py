@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
 from rich.console import Console
 
+from share_manager.bench.flush import FLUSH_TARGETS
 from share_manager.bench.measure import Outcome, Plan
-from share_manager.bench.model import CELLS, Sample, Workload
+from share_manager.bench.model import CELLS, FlushSample, Sample, Workload
+from share_manager.bench.nfs.targets import NFS_TARGETS
 from share_manager.bench.report import Report, compact, filesystem_of, print_report, report, summarise
 from share_manager.bench.summary import Spread
 from share_manager.bench.targets import BLOCK_TARGETS, FILE_TARGETS
@@ -21,7 +24,7 @@ def sample(rate: float, cpu: float | None = None) -> Sample:
 
 
 def plan(directory: Path) -> Plan:
-    return Plan(directory, 1 << 30, 3, 3, CELLS[:2], tuple(Workload), BLOCK_TARGETS[:3], FILE_TARGETS[:2])
+    return Plan(directory, 1 << 30, 3, 3, CELLS[:2], BLOCK_TARGETS[:3], FILE_TARGETS[:2])
 
 
 def outcome() -> Outcome:
@@ -34,6 +37,32 @@ def outcome() -> Outcome:
         workloads={("directory", Workload.CREATE): [sample(500.0)]},
         unavailable={"ext4-loop": "no [such] thing"},
     )
+
+
+def test_nfs_rows_are_compared_with_their_own_mount_options(tmp_path: Path) -> None:
+    asked = replace(plan(tmp_path), files=(FILE_TARGETS[0], *NFS_TARGETS))
+    rates = {target.name: 100.0 * (number + 1) for number, target in enumerate(asked.files)}
+    outcome = Outcome(workloads={(name, Workload.OVERWRITE): [sample(rate)] for name, rate in rates.items()})
+    found = {one.target: one.measured.ratios for one in report(asked, outcome).workloads}
+    assert found["nfs-engine-3"] == {"nfs-stock": rates["nfs-engine-3"] / rates["nfs-stock"]}
+    assert found["nfs-serve"].keys() == {"nfs-stock"}
+    assert found["nfs-engine-3-nodirsync"].keys() == {"nfs-stock-nodirsync"}
+    out = io.StringIO()
+    print_report(report(asked, outcome), Console(file=out, width=110))
+    assert "NFS:" in out.getvalue()
+    assert "files:" not in out.getvalue().split("NFS: stream")[1]
+
+
+def test_a_flush_is_compared_with_its_two_parts(tmp_path: Path) -> None:
+    asked = replace(plan(tmp_path), flushes=FLUSH_TARGETS)
+    samples = [FlushSample(150.0, 50.0, 300.0), FlushSample(100.0, 50.0, 150.0), FlushSample(50.0, 50.0, 120.0)]
+    (found,) = report(asked, Outcome(flushes={"fsync-3": samples}, unavailable={"fsync-1": "gone"})).flushes
+    assert (found.target, found.replicas) == ("fsync-3", 3)
+    assert found.expected_us == Spread(150.0, 100.0, 200.0)
+    assert found.ratio == Spread(1.2, 1.0, 1.5)
+    out = io.StringIO()
+    print_report(report(asked, Outcome(flushes={"fsync-3": samples})), Console(file=out, width=110))
+    assert "1.20" in out.getvalue()
 
 
 def test_ratios_are_of_medians_to_the_first_two_targets(tmp_path: Path) -> None:

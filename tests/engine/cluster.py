@@ -25,8 +25,11 @@ UUID = "3c9c1b1e-6a53-4c0a-8d3b-1f1d0f0c7a11"
 
 
 class Cluster:
-    def __init__(self, directory: Path, replicas: int = 3, size: int = 16 << 20, tcp: bool = False) -> None:
+    def __init__(
+        self, directory: Path, replicas: int = 3, size: int = 16 << 20, tcp: bool = False, rest: float = 60.0
+    ) -> None:
         self.directory = directory
+        self.rest = rest
         self._ports = dict(enumerate(free_ports(replicas) if tcp else ()))
         self.size = size
         self.names = [f"r{i + 1}" for i in range(replicas)]
@@ -49,6 +52,14 @@ class Cluster:
             )
         )
 
+    def new_replica(self, name: str) -> ReplicaRecord:
+        """An empty replica of a volume that has data, its server started."""
+        create_replica(self.directory / name, volume="vol", uuid=UUID, replica=name, size=self.size, rebuilding=True)
+        if name not in self.names:
+            self.names.append(name)
+        self.start(name)
+        return ReplicaRecord(name=name, address=self.address(name), directory=str(self.directory / name))
+
     def socket(self, name: str) -> Path:
         return self.directory / f"{name}.sock"
 
@@ -62,6 +73,7 @@ class Cluster:
                 directory=str(self.directory / name),
                 listen=self.address(name),
                 secret_file=str(self.secret),
+                rest=self.rest,
             )
             with (self.directory / f"{name}.log").open("ab") as log:
                 self.processes[name] = subprocess.Popen(
@@ -123,7 +135,8 @@ class Cluster:
 
                 async def deliver() -> None:
                     while True:
-                        for frame in await connection.receive():
+                        await trio.lowlevel.wait_readable(connection.sock)
+                        for frame in connection.receive():
                             connection.deliver(frame)
 
                 nursery.start_soon(deliver)
@@ -155,8 +168,10 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def cluster(directory: Path, replicas: int = 3, size: int = 16 << 20, tcp: bool = False) -> Iterator[Cluster]:
-    made = Cluster(directory, replicas, size, tcp)
+def cluster(
+    directory: Path, replicas: int = 3, size: int = 16 << 20, tcp: bool = False, rest: float = 60.0
+) -> Iterator[Cluster]:
+    made = Cluster(directory, replicas, size, tcp, rest)
     try:
         made.start()
         yield made

@@ -16,11 +16,14 @@ import msgspec
 import pytest
 import trio
 
-from engine.client import EngineClient, EngineStatus, EngineUnreachableError
+from engine.client import EngineClient, EngineOperationError, EngineStatus, EngineUnreachableError
+from engine.controller.driver import attach
 from engine.frontend import FRONTENDS
 from engine.frontend.fuse_device import FuseDevice
 from engine.launch import EngineConfig, engine_argv
+from engine.operations import Resize, Resized
 from engine.record import bump_epoch
+from engine.secret import read_secret
 from tests.engine.cluster import Cluster, cluster, until
 
 pytestmark = pytest.mark.system
@@ -29,7 +32,14 @@ BLOCK = 4096
 
 
 class Engine:
-    def __init__(self, of: Cluster, name: str = "engine", frontend: str = "pyfuse3", epoch: int | None = None) -> None:
+    def __init__(
+        self,
+        of: Cluster,
+        name: str = "engine",
+        frontend: str = "pyfuse3",
+        epoch: int | None = None,
+        **settings: Any,
+    ) -> None:
         self.cluster = of
         self.name = name
         self.control = of.directory / f"{name}.sock"
@@ -44,6 +54,7 @@ class Engine:
             control=str(self.control),
             open_timeout=5.0,
             reconnect_interval=0.1,
+            **settings,
         )
         self._start(self.config)
 
@@ -54,7 +65,7 @@ class Engine:
                 engine_argv(config, self.cluster.directory / f"{self.name}.json"),
                 stdout=subprocess.PIPE,
                 stderr=log,
-                pass_fds=(self.device.fd,),
+                pass_fds=[fd for fd in (self.device.fd, config.lifeline_fd) if fd >= 0],
             )
         assert self.process.stdout is not None
         self.first: dict[str, Any] = json.loads(self.process.stdout.readline())
@@ -144,6 +155,39 @@ async def test_sigterm_detaches_cleanly_and_everything_is_on_the_replicas(three:
     three.stop()
     three.assert_identical()
     assert three.contents("r3")[5 * BLOCK : 8 * BLOCK] == data
+
+
+async def test_it_gives_up_its_right_when_the_last_one_is_dead_who_could_answer_by_it(three: Cluster) -> None:
+    ours, theirs = os.pipe2(os.O_CLOEXEC)
+    engine = Engine(three, right_lasts=30.0, lifeline_fd=ours)
+    # stands for the NFS server: it has the other end as well
+    server = subprocess.Popen(["sleep", "60"], pass_fds=(theirs,))
+    try:
+        await thread(write, engine.device.path, 0, b"x" * BLOCK, False)
+        # the share manager dies
+        os.close(theirs)
+        client = EngineClient(engine.control)
+        async with client.right() as news:
+            first = (await anext(news)).until
+            while (await anext(news)).until <= first:
+                pass
+        assert engine.process.poll() is None
+        server.kill()
+        assert await engine.wait() == 0
+        for name in three.names:
+            assert (await three.status(name)).dirty_regions == 0
+        # whoever comes next would have to wait half a minute otherwise
+        following = attach(
+            three.store, read_secret(three.secret), epoch=bump_epoch(three.store).epoch, right_lasts=30.0
+        )
+        async with following.running():
+            assert following.right.news().older_at is None
+            assert (await following.read(0, BLOCK))[:1] == b"x"
+    finally:
+        server.kill()
+        server.wait()
+        engine.end()
+        os.close(ours)
 
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
@@ -247,13 +291,16 @@ async def test_nonsense_on_the_control_socket_harms_nothing(three: Cluster, engi
         b'{"op": 5}\n',
         b"x" * 70000 + b"\n",
         bytes(range(256)) + b"\n",
-        b'{"op": "dance"}\n',
     ):
         stream = await trio.open_unix_socket(engine.control)
         async with stream:
             with contextlib.suppress(trio.BrokenResourceError):
                 await stream.send_all(noise)
                 assert await stream.receive_some() == b""
+    stream = await trio.open_unix_socket(engine.control)
+    async with stream:
+        await stream.send_all(b'{"op": "dance"}\n')
+        assert b"does not know the operation 'dance'" in await stream.receive_some()
     assert (await engine.status()).state == "ready"
 
 
@@ -402,3 +449,15 @@ async def test_nobody_takes_over_when_every_replica_restarted(three: Cluster) ->
 def with_block(path: Path) -> bytes:
     with path.open("rb", buffering=0) as file:
         return file.read(BLOCK)
+
+
+async def test_an_operation_over_the_control_socket_answers_its_result_or_its_error(
+    three: Cluster, engine: Engine
+) -> None:
+    client = EngineClient(engine.control)
+    assert await client.run(Resize(size=2 * three.size), Resized) == Resized(size=2 * three.size, before=three.size)
+    assert (await engine.status()).size == (await thread(os.stat, engine.device.path)).st_size == 2 * three.size
+    await thread(write, engine.device.path, 2 * three.size - BLOCK, b"g" * BLOCK)
+    with pytest.raises(EngineOperationError, match="can only grow, not shrink") as caught:
+        await client.run(Resize(size=three.size), Resized)
+    assert caught.value.kind == "ResizeError"

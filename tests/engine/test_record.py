@@ -44,7 +44,9 @@ def test_golden_record_file(store: FileRecordStore) -> None:
         '    {\n      "name": "r1",\n      "address": "unix:/r1",\n      "directory": "/d/r1"\n    },\n'
         '    {\n      "name": "r2",\n      "address": "unix:/r2",\n      "directory": "/d/r2"\n    }\n'
         "  ],\n"
-        '  "in_sync": [\n    "r1",\n    "r2"\n  ]\n'
+        '  "in_sync": [\n    "r1",\n    "r2"\n  ],\n'
+        '  "pending": null,\n'
+        '  "reverted_without": []\n'
         "}\n"
     )
     assert store.path.stat().st_mode & 0o777 == 0o600

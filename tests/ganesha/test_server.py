@@ -519,6 +519,57 @@ trio.run(main)
         pass
 
 
+async def test_one_that_is_tied_does_not_outlive_the_process_that_started_it(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Nor does it end before, though threads of that process come and go."""
+    config = make_config()
+    script = f"""
+import msgspec, os, trio, ganesha
+from pathlib import Path
+async def main():
+    config = msgspec.json.decode({msgspec.json.encode(config, enc_hook=str)!r}, type=ganesha.ServerConfig,
+                                 dec_hook=lambda kind, value: kind(value))
+    read, write = os.pipe2(os.O_CLOEXEC)
+    async with ganesha.run_ganesha(config, run_dir=Path({str(tmp_path / "run")!r}), epoch=1, keep_fds=(write,),
+                                   tied=True) as server:
+        await server.wait_ready(10)
+        assert os.readlink(f"/proc/{{server.pid}}/fd/{{write}}") == os.readlink(f"/proc/self/fd/{{write}}")
+        print(server.pid, flush=True)
+        await trio.sleep_forever()
+trio.run(main)
+"""
+    starter = await trio.lowlevel.open_process([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert starter.stdout is not None
+    async with starter.stdout:
+        try:
+            pid = int((await starter.stdout.receive_some()).split()[0])
+            # trio lets go of a thread that has had nothing to do for 10 s
+            await trio.sleep(11)
+            await null_call("127.0.0.1", config.port, 5)
+            pidfd = os.pidfd_open(pid)
+        finally:
+            starter.kill()
+            await starter.wait()
+    try:
+        with trio.fail_after(5):
+            await trio.lowlevel.wait_readable(pidfd)
+    finally:
+        os.close(pidfd)
+    await kill_leftovers(tmp_path / "run")
+
+
+async def test_a_tied_one_stops_as_any_other(make_config: MakeConfig, run: Run) -> None:
+    config = make_config()
+    async with run(config, tied=True) as server:
+        await null_call("127.0.0.1", config.port, 2)
+        server.kill()
+        assert await server.wait() == -signal.SIGKILL
+    async with run(config, 2, tied=True) as server:
+        pass
+    assert server.returncode == 0
+
+
 async def test_a_client_with_two_records_counts_once(make_config: MakeConfig, run: Run) -> None:
     config = make_config()
     for epoch in (1, 2):

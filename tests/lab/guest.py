@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
@@ -25,6 +25,15 @@ AGENT_PORT = 7000
 BOOT_BUDGET = 60.0
 
 _numbers = itertools.count(11)
+
+
+def ptrace_library(directory: Path) -> Path:
+    """Made there once: what lets User Mode Linux run on processors with more state than it knows (see xstate.c)."""
+    library = directory / "xstate.so"
+    if not library.exists():
+        source = Path(__file__).with_name("xstate.c")
+        subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", library, source], check=True, timeout=60)
+    return library
 
 
 class GuestError(Exception):
@@ -136,15 +145,17 @@ class Guest:
     """One client machine of a lab.
 
     Its root filesystem is this machine's, read-only, under an overlay in its memory; what it writes is gone with it.
-    Functions of `tests.lab.workloads` run in it with `call` (wait for the result) and `spawn` (do not).
+    Functions of `tests.lab.workloads` run in it with `call` (wait for the result) and `spawn` (do not). `disks` are
+    image files, which it has as /dev/ubda and so on, without partitions.
     """
 
-    def __init__(self, lab: Lab, name: str, memory: str = "256M") -> None:
+    def __init__(self, lab: Lab, name: str, memory: str = "256M", disks: Sequence[Path] = ()) -> None:
         self.lab = lab
         self.name = name
         self.number = next(_numbers)
         self.address = f"{SUBNET}.{self.number}"
         self.memory = memory
+        self.disks = tuple(disks)
         self.directory = lab.directory / f"guest-{name}"
         self.jobs: set[Job[Any]] = set()
         self.mounts: set[str] = set()
@@ -157,6 +168,17 @@ class Guest:
         self.wait_up(budget)
         return self
 
+    @property
+    def hostname(self) -> str:
+        """Its NFS client id contains that: unique among everything that may ever meet on one server."""
+        return f"{self.name}-{os.getpid()}-{self.number}"
+
+    @property
+    def link(self) -> str:
+        """Its end of the lab's network. It has one from its first boot on."""
+        assert self._tap is not None
+        return self._tap
+
     def boot(self) -> None:
         """Begin to boot, without waiting."""
         self.directory.mkdir(exist_ok=True)
@@ -166,15 +188,19 @@ class Guest:
             *("rootfstype=hostfs", "rootflags=/", "ro", "quiet", "con=null", "con0=null,fd:1", "ssl=null"),
             f"vec0:transport=tap,ifname={self._tap},depth=64,gro=1,mac=52:54:00:00:00:{self.number:02x}",
             f"init={Path(__file__).with_name('init.sh')}",
+            *(f"ubd{chr(ord('a') + i)}={disk}" for i, disk in enumerate(self.disks)),
             f"uml_dir={self.directory}",
             f"umid={self.name}",
             f"lab_address={self.address}/24",
-            # the NFS client id is made of it: unique among everything that may ever meet on one server
-            f"lab_hostname={self.name}-{os.getpid()}-{self.number}",
+            f"lab_hostname={self.hostname}",
             f"lab_checkout={CHECKOUT}",
             f"lab_port={AGENT_PORT}",
         ]
-        environment = {"TMPDIR": "/dev/shm", leftovers.TOKEN: str(self.directory)}
+        environment = {
+            "TMPDIR": "/dev/shm",
+            "LD_PRELOAD": str(ptrace_library(self.lab.directory)),
+            leftovers.TOKEN: str(self.directory),
+        }
         with (self.directory / "console.log").open("ab") as console:
             self._process = self.lab.popen(argv, stdout=console, stderr=console, env=environment)
 

@@ -9,12 +9,33 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from engine.store import Store
+
 PIECE = 1 << 20
 
 
 def head(directory: Path) -> Path:
     """The head file of a replica directory, as its metadata names it."""
     return directory / str(json.loads((directory / "volume.meta").read_text())["Head"])
+
+
+def content(directory: Path, flat: Path) -> Path:
+    """A file with what the volume holds by this replica: its head, or, when it has snapshots, `flat`, made for that."""
+    if not list(directory.glob("volume-snap-*.img")):
+        return head(directory)
+    # the product's own reading of the chain
+    store = Store.open(directory)
+    try:
+        with flat.open("wb") as file:
+            file.truncate(store.size)
+            for offset in range(0, store.size, PIECE):
+                piece = store.read(offset, min(PIECE, store.size - offset))
+                if piece.count(0) != len(piece):
+                    file.seek(offset)
+                    file.write(piece)
+    finally:
+        store.close()
+    return flat
 
 
 def differences(directories: Sequence[Path]) -> list[str]:
@@ -35,6 +56,17 @@ def differences(directories: Sequence[Path]) -> list[str]:
                     wrong = sum(a[i : i + 4096] != b[i : i + 4096] for i in range(0, len(a), 4096))
                     complaints.append(f"{first} and {other} differ from byte {piece * PIECE + at} on, {wrong} blocks")
     return complaints[:10]
+
+
+def words_in(image: Path, words: Sequence[str]) -> list[str]:
+    """Which of these are in it. They may lie across two pieces."""
+    found: set[str] = set()
+    overlap = max(map(len, words))
+    with image.open("rb") as file:
+        for piece in _pieces_with_data(file.fileno()):
+            content = os.pread(file.fileno(), PIECE + overlap, piece * PIECE)
+            found |= {word for word in words if word.encode() in content}
+    return [word for word in words if word in found]
 
 
 def _pieces_with_data(fd: int) -> Iterator[int]:

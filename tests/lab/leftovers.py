@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,13 +68,12 @@ def remove(directory: Path, mark: str, deadline: float = 10.0) -> None:
         for process in alive:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(process.name), signal.SIGKILL)
-        # who waits for a block file that nobody serves any more cannot die: end its connection
-        for mount in _mounts(directory, mark):
-            if mount.detail.startswith("fuse"):
-                _quiet("umount", "--force", mount.name)
+        _end_connections(directory, mark)
         if time.monotonic() > end:
             break
         time.sleep(0.05)
+    # there may have been no process left, and the kernel's own threads wait there too
+    _end_connections(directory, mark)
     # found now: a loop device forgets the path of its file when the mount below that is detached
     loops = _loops(directory, mark)
     for command in ([], ["--lazy"]):
@@ -89,11 +88,26 @@ def remove(directory: Path, mark: str, deadline: float = 10.0) -> None:
         _quiet("ip", "netns", "delete", namespace.name)
 
 
+def _end_connections(directory: Path, mark: str) -> None:
+    """Who waits for a block file that nobody serves any more cannot die, or be unmounted, before."""
+    for mount in _mounts(directory, mark):
+        if mount.detail.startswith("fuse"):
+            _quiet("umount", "--force", mount.name)
+
+
 def abandoned() -> Iterator[Path]:
     """Directories of labs whose session is no more: killed before it could clean up."""
     for directory in Path("/tmp").glob(f"{PREFIX}*"):
         if not Path("/proc", str(owner_of(directory))).exists():
             yield directory
+
+
+def remove_abandoned(tell: Callable[[str], object] = lambda _: None) -> None:
+    """Remove what those labs have left."""
+    for directory in abandoned():
+        tell(f"lab: removing {directory}, whose session was killed")
+        remove(directory, mark_of(directory))
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _quiet(*argv: str) -> int:
@@ -157,9 +171,12 @@ def lost_loops(devices: Iterable[str]) -> list[Leftover]:
 
 
 def _runtime(mark: str) -> list[Leftover]:
-    return [Leftover("runtime directory", str(path)) for path in Path(RUNTIME).glob(f"*{mark}-*")]
+    found = [*Path(RUNTIME).glob(f"*{mark}-*"), *Path(RUNTIME).glob(mark)]
+    return [Leftover("runtime directory", str(path)) for path in found]
 
 
 def _namespaces(directory: Path) -> list[Leftover]:
+    """The lab's, and those of its nodes."""
     name = namespace_of(directory)
-    return [Leftover("network namespace", name)] if Path("/run/netns", name).exists() else []
+    found = sorted([*Path("/run/netns").glob(name), *Path("/run/netns").glob(f"{name}-*")])
+    return [Leftover("network namespace", path.name) for path in found]

@@ -9,16 +9,19 @@ import socket
 import subprocess
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, TypeVar
 
 from tests.lab import leftovers
 
 SUBNET = "10.99.0"
 SERVER = f"{SUBNET}.1"
 CLONE_NEWNET = 0x40000000
+ISLAND = "br1"
+
+T = TypeVar("T")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -36,6 +39,7 @@ class Lab:
         self.mark = leftovers.mark_of(self.directory)
         self.server = SERVER
         self._taps = 0
+        self._island = False
         self._fd = -1
 
     def __enter__(self) -> Lab:
@@ -122,23 +126,42 @@ class Lab:
 
     def connect(self, address: str, port: int, timeout: float) -> socket.socket:
         """A TCP connection from inside the namespace. Raises OSError."""
-        outcome: list[socket.socket | OSError] = []
+        return self.inside(lambda: socket.create_connection((address, port), timeout=timeout))
+
+    def inside(self, act: Callable[[], T]) -> T:
+        """What that returns, done in the namespace: sockets that it makes belong there. Raises what it raises."""
+        outcome: list[T] = []
+        failed: list[Exception] = []
 
         def work() -> None:
             # setns moves the calling thread only, and this one ends here
             try:
                 if _libc.setns(self._fd, CLONE_NEWNET) != 0:
                     raise OSError(ctypes.get_errno(), "setns")
-                outcome.append(socket.create_connection((address, port), timeout=timeout))
-            except OSError as error:
-                outcome.append(error)
+                outcome.append(act())
+            except Exception as error:
+                failed.append(error)
 
-        thread = threading.Thread(target=work, name="lab-connect")
+        thread = threading.Thread(target=work, name="lab-inside")
         thread.start()
         thread.join()
-        if isinstance(outcome[0], OSError):
-            raise outcome[0]
+        if failed:
+            raise failed[0]
         return outcome[0]
+
+    def cut_off(self, *links: str) -> None:
+        """These links of the bridge reach one another still, and nobody else."""
+        if not self._island:
+            self._inside("link", "add", ISLAND, "type", "bridge", "forward_delay", "0")
+            self._inside("link", "set", ISLAND, "up")
+            self._island = True
+        for link in links:
+            self._inside("link", "set", link, "master", ISLAND)
+
+    def join(self, *links: str) -> None:
+        """Undo `cut_off`."""
+        for link in links:
+            self._inside("link", "set", link, "master", "br0")
 
     def _inside(self, *arguments: str) -> None:
         _ip("-n", self.namespace, *arguments)

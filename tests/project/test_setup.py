@@ -18,6 +18,8 @@ from tests.project.common import ROOT, apt_list
 
 Setup = Callable[..., "subprocess.CompletedProcess[str]"]
 
+LISTS = ("runtime", "node", "build", "test")
+
 
 def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
@@ -35,19 +37,19 @@ def test_constraints_pin_all_that_is_asked_for() -> None:
 
 
 def test_a_package_is_in_one_list_only() -> None:
-    names = [name for part in ("runtime", "build", "test") for name in apt_list(part)]
+    names = [name for part in LISTS for name in apt_list(part)]
     assert len(names) == len(set(names))
     assert all(re.fullmatch(r"[a-z0-9][a-z0-9.+-]+", name) for name in names)
 
 
 def test_what_the_lab_needs_is_installed_for_tests() -> None:
-    assert set(PROGRAMS.values()) <= {*apt_list("runtime"), *apt_list("test")}
+    assert set(PROGRAMS.values()) <= {*apt_list("runtime"), *apt_list("node"), *apt_list("test")}
 
 
 def test_what_errors_tell_people_to_install_is_installed_by_make() -> None:
     essential = {"coreutils"}
     for packages in PACKAGES.values():
-        assert set(packages.split()) <= {*apt_list("runtime"), *apt_list("test"), *essential}
+        assert set(packages.split()) <= {*apt_list("runtime"), *apt_list("node"), *apt_list("test"), *essential}
 
 
 @pytest.mark.parametrize("script", [".ci/run", *(f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.sh"))])
@@ -72,7 +74,7 @@ def checkout(tmp_path: Path) -> Path:
         shutil.copy(ROOT / name, root)
     programs.mkdir()
     installed = tmp_path / "installed"
-    installed.write_text("\n".join(name for part in ("runtime", "build", "test") for name in apt_list(part)) + "\n")
+    installed.write_text("\n".join(name for part in LISTS for name in apt_list(part)) + "\n")
 
     def program(path: Path, body: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

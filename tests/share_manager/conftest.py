@@ -93,6 +93,10 @@ class Running:
     def stop(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
         if self.process.poll() is None:
             self.process.send_signal(number)
+        return self.ended()
+
+    def ended(self) -> tuple[int, str]:
+        """Of one that somebody else has asked to leave: a signal in its last moment would kill it."""
         out, err = self.process.communicate(timeout=90)
         self.events += [json.loads(line) for line in out.splitlines()]
         return self.process.returncode, err

@@ -9,13 +9,14 @@ import time
 import trio
 from rich.console import Console
 
-from engine.client import OperationStats
-from share_manager.cli.live import LiveView, human_rate
+from engine.client import EngineEvent, OperationStats
+from share_manager.cli.live import LiveView
 from share_manager.events import ConsoleSink, JsonSink, LineSink, Reporter
 from share_manager.share.attachment import describe
 from share_manager.share.background import background
 from share_manager.share.child import last_reason
 from share_manager.share.status import ClientInfo, EngineInfo, ReplicaInfo, ShareStatus
+from share_manager.units import format_rate
 
 
 def test_a_step_is_one_json_object_a_line() -> None:
@@ -63,10 +64,15 @@ def test_a_reader_that_went_away_is_no_error() -> None:
 
 
 def test_words_for_engine_events() -> None:
-    assert describe("resync_progress", "r2", "", 30, 40) == "replica r2: resynchronised 75 %"
-    assert describe("replica_in_sync", "r2", "in_sync", 0, 0) == "replica r2: is in sync"
-    assert describe("replica_left", "r1", "left: it hangs", 0, 0) == "replica r1: left: it hangs"
-    assert describe("faulted", "", "", 0, 0) == "faulted"
+    assert describe(EngineEvent(event="resync_progress", replica="r2", done=30, total=40)) == (
+        "replica r2: resynchronised 75 %"
+    )
+    assert describe(EngineEvent(event="replica_in_sync", replica="r2", message="in_sync")) == "replica r2: is in sync"
+    assert (
+        describe(EngineEvent(event="replica_left", replica="r1", message="left: it hangs"))
+        == "replica r1: left: it hangs"
+    )
+    assert describe(EngineEvent(event="faulted")) == "faulted"
 
 
 def test_the_reason_at_the_end_of_a_log() -> None:
@@ -108,7 +114,7 @@ def test_live_view() -> None:
         "mount -t nfs4",
     ):
         assert part in text
-    assert human_rate(0) == "0 B/s"
+    assert format_rate(0) == "0 B/s"
 
 
 async def test_background_tasks_outlast_a_cancellation_until_the_block_is_left() -> None:

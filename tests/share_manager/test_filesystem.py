@@ -30,17 +30,21 @@ MakeLoop = Callable[[int], str]
 class Place:
     def __init__(self, directory: Path) -> None:
         self.marker = directory / "formatting"
+        self.inherited = directory / "inherited-uuids"
         self.target = directory / "mnt"
         self.sink = ListSink()
         self.report = Reporter(self.sink)
         self.given_up: list[str] = []
 
-    def mounted(self, device: str, **options: object) -> contextlib.AbstractAsyncContextManager[Mounted]:
+    def mounted(
+        self, device: str, volume: str = VOLUME, **options: object
+    ) -> contextlib.AbstractAsyncContextManager[Mounted]:
         return filesystem.mounted(
             device,
             volume="v",
-            volume_uuid=VOLUME,
+            volume_uuid=volume,
             marker=self.marker,
+            inherited=self.inherited,
             target=self.target,
             options=FilesystemOptions(**options),  # type: ignore[arg-type]
             report=self.report,
@@ -192,7 +196,14 @@ async def test_an_error_of_the_filesystem_is_noticed_and_repaired(make_loop: Mak
 async def room_on(place: Place, device: str, size: int, kind: Kind | None = None) -> AsyncIterator[private.PrivateRoom]:
     async with (
         place.mounted(device, kind=kind),
-        private.private_room(place.target, size, place.report, lambda device: None, place.given_up.append) as room,
+        private.private_room(
+            place.target,
+            size,
+            place.report,
+            place.target.with_name("drop-recovery"),
+            lambda device: None,
+            place.given_up.append,
+        ) as room,
     ):
         yield room
 
@@ -227,6 +238,22 @@ async def test_full_data_leaves_room_for_client_records(
     assert "private_repaired" not in place.names()
 
 
+async def test_client_records_of_another_past_are_dropped_once(make_loop: MakeLoop, place: Place) -> None:
+    device = make_loop(64 * MIB)
+    async with room_on(place, device, 64 * MIB) as room:
+        epoch = room.take_ganesha_epoch()
+        (room.recovery_root / "v4recov" / "10.0.0.1-(3:one)").mkdir()
+    marker = place.target.with_name("drop-recovery")
+    marker.touch()
+    for dropped in (1, 1):
+        async with room_on(place, device, 64 * MIB) as room:
+            assert not list(room.recovery_root.glob("*/*"))
+            assert (room.recovery_root / "v4recov").is_dir()
+            assert room.take_ganesha_epoch() > epoch
+        assert not marker.exists()
+        assert place.names().count("recovery_dropped") == dropped
+
+
 async def test_the_private_room_is_private_and_synchronous(make_loop: MakeLoop, place: Place) -> None:
     device = make_loop(64 * MIB)
     async with room_on(place, device, 64 * MIB) as room:
@@ -238,3 +265,42 @@ async def test_the_private_room_is_private_and_synchronous(make_loop: MakeLoop, 
         assert room.fault() is None
     async with room_on(place, device, 64 * MIB) as room:
         assert room.take_ganesha_epoch() >= next_ganesha_epoch(first + 1, 0)
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+@pytest.mark.parametrize("interrupted", [False, True])
+async def test_the_filesystem_of_a_clone_gets_a_uuid_of_its_own(
+    kind: Kind, interrupted: bool, make_loop: MakeLoop, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = make_loop(320 * MIB)
+    async with place.mounted(device, kind=kind) as mounted:
+        (mounted.data / "file").write_text("kept")
+        old = str(mounted.uuid)
+    clone = str(uuid.uuid4())
+    with pytest.raises(ForeignContentError):
+        async with place.mounted(device, clone):
+            pass
+    place.inherited.write_text(f"{uuid.uuid4()}\n{old}\n")
+    if interrupted:
+
+        def killed(_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            # the UUID is there, and nobody knows it
+            patch.setattr(filesystem, "sync_directory", killed)
+            patch.setattr(Path, "unlink", killed)
+            with pytest.raises(BaseException):  # noqa: B017
+                async with place.mounted(device, clone):
+                    pass
+        assert place.inherited.exists()
+    async with place.mounted(device, clone) as mounted:
+        assert (mounted.data / "file").read_text() == "kept"
+        assert mounted.uuid == filesystem.filesystem_uuid(clone)
+    assert not place.inherited.exists()
+    assert (await formatting.probe(device))["UUID"] == str(filesystem.filesystem_uuid(clone)) != old
+    if kind == "ext4":
+        subprocess.run(["e2fsck", "-f", "-n", device], check=True, capture_output=True)
+    async with place.mounted(device, clone) as mounted:
+        assert (mounted.data / "file").read_text() == "kept"
+    assert place.names().count("renewed") == 1 + interrupted

@@ -26,6 +26,7 @@ found = st.builds(
     replicas=st.sampled_from([(), (P,), (P, P)]),
     helpers=st.sampled_from([(), (P,)]),
     mounts=st.sampled_from([(), (Path("/run/x/mnt"),)]),
+    mappings=st.sampled_from([(), ("sm-x-1",)]),
     loops=st.sampled_from([(), ("/dev/loop0",)]),
     block_file=st.booleans(),
 )
@@ -42,12 +43,15 @@ def test_whatever_died_the_rest_leaves_in_the_order_of_the_data_path(left: Lefto
     for ganesha in (Step.ASK_GANESHA, Step.KILL_GANESHA):
         for later in (Step.ABORT_BLOCK_FILE, Step.UNMOUNT, Step.DETACH_LOOPS, Step.ASK_ENGINE, Step.ASK_REPLICAS):
             assert before(steps, ganesha, later)
+    assert before(steps, Step.UNMOUNT, Step.CLOSE_MAPPINGS)
     assert before(steps, Step.UNMOUNT, Step.DETACH_LOOPS)
+    assert before(steps, Step.CLOSE_MAPPINGS, Step.DETACH_LOOPS)
     assert before(steps, Step.DETACH_LOOPS, Step.ASK_ENGINE)
     assert before(steps, Step.ASK_ENGINE, Step.UNMOUNT_BLOCK_FILE)
     assert before(steps, Step.ASK_ENGINE, Step.ASK_REPLICAS)
     # nothing is left out
     assert (Step.UNMOUNT in steps) == bool(left.mounts)
+    assert (Step.CLOSE_MAPPINGS in steps) == bool(left.mappings)
     assert (Step.DETACH_LOOPS in steps) == bool(left.loops)
     assert (Step.UNMOUNT_BLOCK_FILE in steps) == left.block_file
     assert bool(left.ganesha) == bool({Step.ASK_GANESHA, Step.KILL_GANESHA} & set(steps))
@@ -92,6 +96,11 @@ def test_mountinfo() -> None:
     assert (one.target, one.fstype, one.source) == (Path("/run/share-manager/a b/mnt"), "ext4", "/dev/loop0")
     assert one.options == {"rw", "nosuid", "dirsync"}
     assert {"ro", "emergency_ro"} <= two.options
+
+
+def test_somebody_elses_mount_may_have_any_name() -> None:
+    (mount,) = parse_mounts("36 27 7:0 / /mnt/\u0100\\040b\udcff rw - ext4 /dev/loop0 rw\n")
+    assert mount.target == Path("/mnt/\u0100 b\udcff")
 
 
 def test_a_reused_pid_is_somebody_else() -> None:

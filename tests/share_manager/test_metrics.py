@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from typing import Any
 
+import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
 
@@ -39,7 +40,7 @@ STATUS = ShareStatus(
         pid=5, operations={"write": OperationStats(count=3, bytes=12288, errors=1, seconds=0.5, buckets=BUCKETS)}
     ),
     replicas=(
-        replica("r1", "in_sync"),
+        msgspec.structs.replace(replica("r1", "in_sync"), damaged=3, repaired=2, scrubbed_at=5000.0),
         replica("r2", "resyncing", 10, 40),
         replica("r3", "down"),
     ),
@@ -71,6 +72,10 @@ def test_every_family_has_its_value() -> None:
     assert value("replicas", state="in_sync") == value("replicas", state="down") == 1
     assert value("replica_in_sync", replica="r2") == 0
     assert value("replica_resync_done_bytes", replica="r2") == 10
+    assert value("replica_damaged_total", replica="r1") == 3
+    assert value("replica_repaired_total", replica="r1") == 2
+    assert value("replica_scrub_time_seconds", replica="r1") == 5000
+    assert ("share_manager_replica_scrub_time_seconds", frozenset({("replica", "r3")})) not in found
     assert value("engine_bytes_total", operation="write") == 12288
     assert value("engine_errors_total", operation="write") == 1
     assert value("nfs_clients") == 1

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from engine.record import FileRecordStore, bump_epoch
+from ganesha import Nfs4Error, export_handle
 from share_manager.share.procfs import loops_below, mounts_below, processes_naming
 from tests.share_manager.conftest import Running, run_command, runtime_directories
 
@@ -74,8 +76,7 @@ def test_serves_keeps_and_cleans_up(start: Start, tmp_path: Path, free_port: int
     again = run_command(*serve)
     assert again.returncode == 4
     assert "share-manager stop keeps" in again.stderr
-    for refused in (("volume", "resize", "keeps", "1Gi"), ("volume", "delete", "keeps", "--yes")):
-        assert run_command(*refused, *place).returncode == 4
+    assert run_command("volume", "delete", "keeps", "--yes", *place).returncode == 4
 
     assert share.stop(signal.SIGINT) == (0, "")
     assert share.events[-1]["event"] == "stopped"
@@ -90,8 +91,41 @@ def test_serves_keeps_and_cleans_up(start: Start, tmp_path: Path, free_port: int
     assert (Path(status["mountpoint"]) / "data" / "file").read_text() == "kept"
     assert status["epoch"] == 2
     assert run_command("stop", "keeps", *place).returncode == 0
-    assert share.stop() == (0, "")
+    assert share.ended() == (0, "")
     assert left_of("keeps") == []
+
+
+def test_the_list_of_clients_changes_while_it_serves(start: Start, tmp_path: Path, free_port: int) -> None:
+    """In the host's network it is ganesha that knows it, and every later ganesha."""
+    place = ("--data-dir", str(tmp_path))
+    share = start("serve", "lists", *place, "--port", str(free_port), "--size", "64Mi", "--replicas", "1")
+    share.wait_event("ready")
+
+    def sees() -> bool:
+        try:
+            trio.run(export_handle, "127.0.0.1", free_port, "/lists", 5.0)
+        except Nfs4Error:
+            return False
+        return True
+
+    def allow(*words: str) -> None:
+        done = run_command("allow", "lists", *place, *words)
+        assert done.returncode == 0, done.stderr
+
+    assert sees()
+    allow("--set", "10.0.0.0/8")
+    assert not sees()
+    before = status_of("lists", tmp_path)
+    assert before["allow"] == ["10.0.0.0/8"]
+    os.kill(before["ganesha"]["pid"], signal.SIGKILL)
+    share.wait_event("ready")
+    assert not sees()
+    allow("--everyone")
+    assert sees()
+    assert run_command("allow", "lists", *place).returncode == 2
+    assert run_command("allow", "lists", *place, "--set", "10.0.0.1/8").returncode == 2
+    share.stop()
+    assert run_command("allow", "lists", *place, "--everyone").returncode == 4
 
 
 def write_synced(path: Path, text: str) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import RecordError
-from engine.store import inspect_replica, resize_replica
+from engine.errors import RecordError, StoreError
+from engine.store import Store, inspect_replica, resize_replica
 from share_manager import volumes
 from share_manager.errors import (
     DiskError,
@@ -17,10 +17,12 @@ from share_manager.errors import (
     SizeMismatchError,
     UsageError,
     VolumeBusyError,
+    VolumeExistsError,
     VolumeMismatchError,
     VolumeNotFoundError,
 )
 from share_manager.paths import VolumePaths
+from tests.engine.store.longhorn import longhorn_directory
 
 MIB = 1 << 20
 
@@ -176,3 +178,62 @@ def test_looking_at_a_volume_does_not_make_it_busy(paths: VolumePaths) -> None:
     finally:
         stop.set()
         looking.join()
+
+
+def test_what_killed_commands_left_is_swept_by_whoever_opens_a_volume(paths: VolumePaths) -> None:
+    volumes.create_volume(paths, size=64 * MIB, replicas=1)
+    busy = paths.directory.parent / ".creating-busy"
+    for directory in (busy, paths.directory.parent / ".creating-other", paths.directory.parent / ".deleting-third"):
+        (directory / "replicas").mkdir(parents=True)
+    with volumes.volume_lock(VolumePaths(paths.data_dir, "busy"), "first"):
+        volumes.open_volume(paths, size=None, replicas=None)
+        names = {name for name in os.listdir(paths.directory.parent) if not name.startswith(".lock")}
+        assert names == {"vol1", ".creating-busy"}
+    volumes.open_volume(paths, size=None, replicas=None)
+    assert not busy.exists()
+
+
+def test_a_replica_directory_of_longhorn_becomes_a_volume(paths: VolumePaths, tmp_path: Path) -> None:
+    directory = longhorn_directory(tmp_path / "pvc-1", 64 * MIB)
+    record = volumes.import_volume(paths, directory)
+    assert not directory.exists()
+    assert (record.size, record.in_sync) == (64 * MIB, ("r1",))
+    assert volumes.open_volume(paths, size=None, replicas=None).uuid == record.uuid
+    store = Store.open(paths.replica("r1"))
+    assert store.identity.uuid == record.uuid
+    assert store.read(0, 12288) == b"base" * 1024 + b"new_" * 1024 + b"head" * 1024
+    store.close()
+
+
+def test_an_import_that_was_cut_off_can_be_repeated(
+    paths: VolumePaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = longhorn_directory(tmp_path / "pvc-1", 64 * MIB)
+    rename = Path.rename
+    for name in (f".creating-{paths.volume}", directory.name):
+
+        def cut_off(self: Path, target: Path, name: str = name) -> Path:
+            if self.name == name:
+                raise KeyboardInterrupt
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            volumes.import_volume(paths, directory)
+        assert (directory / "volume.meta").exists()
+    monkeypatch.undo()
+    record = volumes.import_volume(paths, directory)
+    assert inspect_replica(paths.replica("r1")).size == record.size
+
+
+def test_what_cannot_be_imported_stays_where_it_is(paths: VolumePaths, tmp_path: Path) -> None:
+    directory = longhorn_directory(tmp_path / "pvc-1", 64 * MIB)
+    volumes.create_volume(paths, size=64 * MIB, replicas=1)
+    with pytest.raises(VolumeExistsError):
+        volumes.import_volume(paths, directory)
+    other = VolumePaths(paths.data_dir, "other")
+    (directory / "volume-snap-base.img").unlink()
+    with pytest.raises(StoreError, match="is missing"):
+        volumes.import_volume(other, directory)
+    assert not other.directory.exists()
+    assert (directory / "volume.meta").exists()

@@ -130,6 +130,8 @@ def test_two_volumes_side_by_side_stay_apart(make_share: MakeShare, one: Guest) 
         holder.finish()
     first.stop()
     assert second.status().state == "running"
+    # before the data directory, which is the first one's, is removed
+    second.stop()
 
 
 def test_xfs_serves_and_survives_its_engine(make_share: MakeShare, one: Guest, two: Guest) -> None:

@@ -15,9 +15,26 @@ def test_no_interleaving_loses_or_invents_data(rng: Random, replicas: int, parti
     run(rng, 120, replicas, partitions)
 
 
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_damage_of_one_disk_is_never_read_and_is_repaired(replicas: int) -> None:
+    flips = repairs = 0
+    for seed in range(200):
+        try:
+            world = run(Random(seed), 300, replicas, partitions=False, flips=True, membership=False)
+        except AssertionError as error:
+            error.add_note(f"seed {seed}")
+            raise
+        flips += world.flips
+        repairs += world.repairs
+        # the last reads found what was left
+        assert not world.damaged
+    assert flips > 150
+    assert repairs > 30
+
+
 @pytest.mark.parametrize("block", range(10))
 def test_long_lives_keep_every_promise(block: int) -> None:
-    acknowledged = crashes = reads = 0
+    acknowledged = crashes = reads = rebuilds = 0
     for seed in range(block * 200, block * 200 + 200):
         try:
             world = run(Random(seed), 400, 1 + seed % 3)
@@ -27,7 +44,9 @@ def test_long_lives_keep_every_promise(block: int) -> None:
         acknowledged += world.judge.acknowledged
         crashes += world.crashes
         reads += world.judge.reads
+        rebuilds += world.rebuilds
     # the simulation itself must not have run dry
     assert acknowledged > 2000
     assert crashes > 500
     assert reads > 500
+    assert rebuilds > 100

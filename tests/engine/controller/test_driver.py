@@ -10,10 +10,10 @@ from random import Random
 import pytest
 import trio
 
-from engine.controller.driver import Controller
+from engine.controller.driver import Controller, attach
 from engine.errors import FencedError, NoReplicaError, RecordError
 from engine.record import FileRecordStore, VolumeRecord, bump_epoch
-from engine.secret import create_secret
+from engine.secret import create_secret, read_secret
 from tests.engine.cluster import Cluster, cluster, until
 
 BLOCK = 4096
@@ -54,6 +54,22 @@ async def test_replicas_over_tcp_are_written_killed_and_brought_back(tmp_path: P
             assert await volume.read(1 << 19, 1 << 20) == data[1 << 19 :] + data[: 1 << 19]
         three.stop()
         three.assert_identical()
+
+
+async def test_a_replica_that_is_doubted_is_not_waited_for_as_long_as_others(three: Cluster) -> None:
+    doubts: tuple[tuple[tuple[str, ...], str], ...] = ((("r3",), "within 1.5 s"), (("r2",), "within 0.5 s"))
+    for doubted, reason in doubts:
+        record = bump_epoch(three.store)
+        three.store.swap(record.version, record.next(in_sync=("r1", "r2")))
+        key = read_secret(three.secret)
+        volume = attach(three.store, key, epoch=record.epoch, open_timeout=1.5, doubted=doubted)
+        three.processes["r2"].send_signal(signal.SIGSTOP)
+        try:
+            async with volume.running():
+                assert in_sync(volume) == {"r1"}
+                assert reason in volume.core.reason("r2")
+        finally:
+            three.processes["r2"].send_signal(signal.SIGCONT)
 
 
 async def test_every_flush_reaches_every_replica(three: Cluster) -> None:

@@ -16,9 +16,11 @@ import pytest
 import trio
 
 from engine.frontend import FRONTENDS, frontend
+from engine.frontend import device as device_module
 from engine.frontend.base import BlockRequest
 from engine.frontend.fuse_device import FuseDevice
 from engine.ops import READ, UNMAP, WRITE
+from engine.poller import Poller
 
 pytestmark = [pytest.mark.system, pytest.mark.parametrize("name", FRONTENDS)]
 
@@ -31,6 +33,7 @@ class MemoryVolume:
 
     def __init__(self) -> None:
         self.size = SIZE
+        self.poller = Poller()
         self.data = bytearray(SIZE)
         self.flushes = 0
         self.writes: list[tuple[int, int]] = []
@@ -38,6 +41,7 @@ class MemoryVolume:
         self.hold: trio.Event | None = None
         self.concurrent = self.most_concurrent = 0
         self.nursery: trio.Nursery | None = None
+        self.watchers: list[Callable[[], None]] = []
 
     async def _enter(self) -> None:
         self.concurrent += 1
@@ -74,13 +78,22 @@ class MemoryVolume:
     def kick(self) -> None:
         return
 
+    def watch_size(self, changed: Callable[[], None]) -> None:
+        self.watchers.append(changed)
+
+    def grow(self, size: int) -> None:
+        self.data.extend(bytes(size - self.size))
+        self.size = size
+        for changed in self.watchers:
+            changed()
+
     async def _execute(self, request: BlockRequest) -> None:
         data = b""
         try:
             if request.op == READ:
                 data = await self.read(request.offset, request.length)
             elif request.op == WRITE:
-                await self.write(request.offset, request.payload)
+                await self.write(request.offset, bytes(request.payload))
             elif request.op == UNMAP:
                 await self.unmap(request.offset, request.length)
             else:
@@ -97,6 +110,7 @@ async def served(name: str, directory: Path) -> AsyncIterator[tuple[MemoryVolume
     device = FuseDevice.mount(directory / "block")
     try:
         async with trio.open_nursery() as volume.nursery, frontend(name).serve(volume, device.fd):
+            volume.nursery.start_soon(volume.poller.run, volume.kick)
             yield volume, device.path
             volume.nursery.cancel_scope.cancel()
     finally:
@@ -268,8 +282,11 @@ async def test_while_somebody_keeps_the_descriptor_requests_wait_for_the_next_se
                 except OSError as error:
                     outcome.append(error.errno)
 
-            async with frontend(name).serve(MemoryVolume(), device.fd):
+            volume = MemoryVolume()
+            async with frontend(name).serve(volume, device.fd), trio.open_nursery() as serving:
+                serving.start_soon(volume.poller.run, volume.kick)
                 await thread(os.stat, device.path)
+                serving.cancel_scope.cancel()
             nursery.start_soon(read)
             await trio.sleep(0.2)
             assert outcome == []
@@ -295,3 +312,48 @@ async def test_a_discarded_range_reads_as_zeros_or_is_refused(name: str, tmp_pat
     async with served(name, tmp_path) as (_, path):
         # libfuse's Python binding has no handler for it
         assert await thread(with_file, path, os.O_RDWR, work) == (errno.EOPNOTSUPP if name == "pyfuse3" else 0)
+
+
+async def test_more_large_writes_at_once_than_are_taken_in_at_a_time(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    length = 128 << 10
+    monkeypatch.setattr(device_module, "_MAX_BULK", 4 * length)
+    async with served(name, tmp_path) as (volume, path):
+        volume.hold = trio.Event()
+        count = SIZE // length
+        async with trio.open_nursery() as nursery:
+            for i in range(count):
+
+                def write(fd: int, at: int = i * length, data: bytes = bytes([i + 1]) * length) -> None:
+                    assert os.pwrite(fd, data, at) == length
+
+                nursery.start_soon(thread, with_file, path, os.O_RDWR, write)
+            with trio.fail_after(10):
+                while not volume.concurrent:
+                    await trio.sleep(0.005)
+            volume.hold.set()
+        assert all(volume.data[i * length : (i + 1) * length] == bytes([i + 1]) * length for i in range(count))
+
+
+async def test_a_grown_volume_is_a_larger_file_and_a_larger_loop_device(name: str, tmp_path: Path) -> None:
+    async with served(name, tmp_path) as (volume, path):
+        argv = ["losetup", "--find", "--show", "--direct-io=on", "--sector-size", str(BLOCK), str(path)]
+        device = (await thread(subprocess.check_output, argv)).decode().strip()
+        try:
+            assert (await thread(os.stat, path)).st_size == SIZE
+
+            def write(fd: int) -> int:
+                return os.pwrite(fd, b"g" * BLOCK, 2 * SIZE - BLOCK)
+
+            with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+                await thread(with_file, path, os.O_RDWR, write)
+            volume.grow(2 * SIZE)
+            await thread(subprocess.check_call, ["losetup", "--set-capacity", device])
+            sectors = int(await thread(Path(f"/sys/block/{Path(device).name}/size").read_text))
+            assert sectors * 512 == 2 * SIZE
+            assert (await thread(os.stat, path)).st_size == 2 * SIZE
+            assert await thread(with_file, device, os.O_RDWR | os.O_DSYNC, write) == BLOCK
+            assert volume.data[-BLOCK:] == b"g" * BLOCK
+        finally:
+            await thread(subprocess.check_call, ["losetup", "--detach", device])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import trio
 
 from engine.store import Store, create_replica
 from engine.wire.frame import REPLY, FrameType, Status
+from tests.disks import small_disk
 from tests.engine.replica.client import UUID, Client, connect
 from tests.engine.replica.conftest import SIZE, ReplicaProcess
 from tests.engine.replica.inside import inside, until
@@ -97,12 +97,12 @@ async def test_a_kill_under_load_keeps_what_was_answered(replica: ReplicaProcess
             await client.open(epoch)
             for place in sent:  # not overlapping: a place is written again only after its answer
                 found = (await client.read(place * 5000, 5000))[5]
-                assert found == found[:2] * 2500
-                value = int.from_bytes(found[:2], "big")
-                assert value in sent[place]
-                assert value >= acknowledged.get(place, 0)
-                sent[place] = [value]
-                acknowledged[place] = value
+                # a write that nobody answered may be there in part: the kernel looks for SIGKILL between pages
+                values = sorted({int.from_bytes(found[at : at + 2], "big") for at in range(0, 5000, 2)})
+                assert set(values) <= set(sent[place])
+                assert values[0] >= acknowledged.get(place, 0)
+                sent[place] = values
+                acknowledged[place] = values[0]
             flying: dict[int, tuple[int, int]] = {}
 
             async def pump(client: Client, flying: dict[int, tuple[int, int]]) -> None:
@@ -130,24 +130,13 @@ async def test_a_kill_under_load_keeps_what_was_answered(replica: ReplicaProcess
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    image, disk = tmp_path / "disk.img", tmp_path / "disk"
-    disk.mkdir()
-    image.touch()
-    with image.open("wb") as file:
-        file.truncate(24 * MIB)
-    subprocess.run(["mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", "-b", "4096", image], check=True)
-    if subprocess.run(["mount", "-o", "loop", image, disk], capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root and a loop device")
-    try:
-        yield disk
-    finally:
-        # lazily, so that even a server that still runs cannot keep the loop device for ever
-        subprocess.run(["umount", "--lazy", disk], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "small", 24 * MIB) as mounted:
+        yield mounted
 
 
-async def test_a_full_disk_refuses_writes_and_tears_nothing(tmp_path: Path, small_disk: Path) -> None:
-    directory = small_disk / "r1"
+async def test_a_full_disk_refuses_writes_and_tears_nothing(tmp_path: Path, disk: Path) -> None:
+    directory = disk / "r1"
     create_replica(directory, volume="vol1", uuid=UUID, replica="r1", size=64 * MIB)
     replica = ReplicaProcess(tmp_path, directory=directory).start()
     try:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import trio
 
-from engine.wire.frame import REPLY, FrameType, Status
+from engine.wire.frame import REPLY, FrameType, Status, encode_frame
 from tests.engine.replica.client import Closed, connect
 from tests.engine.replica.inside import inside, until
 
@@ -54,6 +54,34 @@ async def test_a_flush_covers_writes_that_wait_for_their_intents(tmp_path: Path)
         order = [(await client.receive())[2] for _ in range(4)]
         assert order.index(first) < order.index(first_flush)
         assert order.index(second) < order.index(second_flush)
+
+
+async def test_a_write_is_answered_with_the_flush_that_was_asked_for_with_it(tmp_path: Path) -> None:
+    async with inside(tmp_path) as replica, connect(replica.address) as client:
+        await client.open(1)
+        await client.write(0, b"the intent bit is there")
+        replica.sync.gate.clear()
+        both = encode_frame(FrameType.WRITE, 100, b"x" * 4096, offset=4096, length=4096)
+        await client.stream.send_all(both + encode_frame(FrameType.FLUSH, 101, length=1))
+        await until(lambda: replica.sync.started == 1)
+        with trio.move_on_after(0.05) as waited:
+            await client.receive()
+        assert waited.cancelled_caught
+        # what else is asked for takes its answer along, or a slow disk would look like a dead replica
+        await client.send(FrameType.PING, seq=102)
+        assert [(await client.receive())[2] for _ in range(2)] == [100, 102]
+        replica.sync.gate.set()
+        assert (await client.receive())[:3] == (FrameType.FLUSH | REPLY, Status.OK, 101)
+
+
+async def test_a_flush_that_fails_holds_no_answer_back(tmp_path: Path) -> None:
+    async with inside(tmp_path) as replica, connect(replica.address) as client:
+        await client.open(1)
+        replica.sync.error = OSError(5, "Input/output error")
+        both = encode_frame(FrameType.WRITE, 100, b"x" * 4096, offset=4096, length=4096)
+        await client.stream.send_all(both + encode_frame(FrameType.FLUSH, 101, length=1))
+        assert (await client.receive())[1:3] == (Status.OK, 100)
+        assert (await client.receive())[1:3] == (Status.IO_ERROR, 101)
 
 
 async def test_a_failed_fdatasync_is_never_retried(tmp_path: Path) -> None:

@@ -61,10 +61,10 @@ async def test_the_highest_common_version_is_chosen(tmp_path: Path) -> None:
     async with inside(tmp_path) as replica:
         async with connect(replica.address, key=None) as client:
             reply = await client.call(FrameType.HELLO, hello(0, 9))
-            assert messages.decode(reply[5], messages.HelloReply).version == 1
+            assert messages.decode(reply[5], messages.HelloReply).version == messages.VERSION_MAX
         async with connect(replica.address, key=None) as client:
-            reply = await client.call(FrameType.HELLO, hello(2, 9))
-            assert (reply[1], reply[5]) == (Status.UNSUPPORTED_VERSION, b"this replica speaks versions 1..1")
+            reply = await client.call(FrameType.HELLO, hello(3, 9))
+            assert (reply[1], reply[5]) == (Status.UNSUPPORTED_VERSION, b"this replica speaks versions 1..2")
             await closes(client)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import trio
-from google_crc32c import value as crc32c
+from crc32c import crc32c
 
 from engine.wire.frame import HEADER_SIZE, MAGIC, MAX_PAYLOAD, FrameType, Status, encode_frame
 from tests.engine.replica.client import Closed, connect

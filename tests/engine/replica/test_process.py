@@ -18,6 +18,7 @@ from engine.replica import __main__ as program
 from engine.store import Store, create_replica, inspect_replica
 from engine.wire import messages
 from engine.wire.frame import FrameType, Status
+from tests.disks import small_disk
 from tests.engine.replica.client import KEY, UUID, connect
 from tests.engine.replica.conftest import ReplicaProcess
 
@@ -149,20 +150,13 @@ def test_what_keeps_it_from_starting_is_one_line(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], check=True)
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", "--lazy", disk], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "small", 8 * MIB, "tmpfs") as mounted:
+        yield mounted
 
 
-async def test_a_full_disk_refuses_writes_and_tears_nothing(tmp_path: Path, small_disk: Path) -> None:
-    directory = small_disk / "r1"
+async def test_a_full_disk_refuses_writes_and_tears_nothing(tmp_path: Path, disk: Path) -> None:
+    directory = disk / "r1"
     create_replica(directory, volume="vol1", uuid=UUID, replica="r1", size=64 * MIB)
     replica = ReplicaProcess(tmp_path, directory=directory).start()
     try:
@@ -198,8 +192,8 @@ async def test_a_full_disk_refuses_writes_and_tears_nothing(tmp_path: Path, smal
             replica.kill()
 
 
-def test_creating_on_a_full_disk_leaves_nothing(small_disk: Path) -> None:
-    (small_disk / "ballast").write_bytes(bytes(8 * MIB - 65536))
+def test_creating_on_a_full_disk_leaves_nothing(disk: Path) -> None:
+    (disk / "ballast").write_bytes(bytes(8 * MIB - 16384))
     with pytest.raises(Exception, match="No space left on device"):
-        create_replica(small_disk / "r1", volume="vol1", uuid=UUID, replica="r1", size=64 * MIB)
-    assert [path.name for path in small_disk.iterdir()] == ["ballast"]
+        create_replica(disk / "r1", volume="vol1", uuid=UUID, replica="r1", size=64 * MIB)
+    assert [path.name for path in disk.iterdir()] == ["ballast"]

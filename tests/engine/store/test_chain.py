@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import FormatError, OutOfRangeError
-from engine.store import Store, chain, create_replica, inspect_replica, resize_replica
+from engine.store import Store, chain, create_replica, index, inspect_replica, resize_replica
 from tests.engine.store.chains import add_snapshot
 
 BLOCK = 4096
@@ -30,15 +30,17 @@ def make(base: Path, size: int = SIZE) -> Path:
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
-@given(operations, st.sampled_from([chain.CHUNK, 8 * BLOCK]))
-@example([("write", 0, SIZE), ("snapshot", 0, 1), ("unmap", 100, SIZE - 100), ("reopen", 0, 1)], chain.CHUNK)
+@given(operations, st.sampled_from([index.CHUNK, 8 * BLOCK]))
+@example([("write", 0, SIZE), ("snapshot", 0, 1), ("unmap", 100, SIZE - 100), ("reopen", 0, 1)], index.CHUNK)
 @example(
-    [("write", 0, BLOCK), ("snapshot", 0, 1), ("write", 10, 20), ("snapshot", 0, 1), ("write", 30, 5)], chain.CHUNK
+    [("write", 0, BLOCK), ("snapshot", 0, 1), ("write", 10, 20), ("snapshot", 0, 1), ("write", 30, 5)], index.CHUNK
 )
 def test_a_chain_reads_like_a_flat_device(ops: list[tuple[str, int, int]], chunk: int) -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as base, pytest.MonkeyPatch.context() as patch:
         patch.setattr(chain, "CHUNK", chunk)
-        patch.setattr(chain, "_CHUNK_BLOCKS", chunk // BLOCK)
+        for module in (chain, index):
+            patch.setattr(module, "CHUNK_BLOCKS", chunk // BLOCK)
+        patch.setattr(index, "_uniform", {})
         directory = make(Path(base))
         model = bytearray(SIZE)
         store = Store.open(directory)
@@ -114,22 +116,25 @@ def test_the_index_follows_what_is_touched(tmp_path: Path) -> None:
     directory = make(tmp_path, 1 << 40)
     add_snapshot(directory, "a")
     store = Store.open(directory)
-    assert len(store._chain._index) == 0
+    assert len(store._chain._index.chunks) == 0
     store.write(1 << 39, b"x" * BLOCK)
     assert store.read(1 << 39, BLOCK) == b"x" * BLOCK
-    assert len(store._chain._index) == 1
+    assert len(store._chain._index.chunks) == 1
 
 
-def test_the_index_cache_starts_anew_when_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chain, "MAX_CHUNKS", 2)
-    directory = make(tmp_path, 8 * chain.CHUNK)
+@pytest.mark.parametrize("bound", ["MAX_CHUNKS", "MAX_MIXED"])
+def test_the_index_forgets_what_was_looked_up_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
+    monkeypatch.setattr(index, bound, 2)
+    directory = make(tmp_path, 8 * index.CHUNK)
     add_snapshot(directory, "a")
     store = Store.open(directory)
     for number in range(8):
-        store.write(number * chain.CHUNK, bytes((number + 1,)) * 100)
+        store.write(number * index.CHUNK, bytes((number + 1,)) * 100)
     for number in range(8):
-        assert store.read(number * chain.CHUNK, 101) == bytes((number + 1,)) * 100 + b"\0"
-    assert len(store._chain._index) <= 2
+        assert store.read(number * index.CHUNK, 101) == bytes((number + 1,)) * 100 + b"\0"
+    assert len(store._chain._index.chunks) <= 2
 
 
 def test_snapshots_older_than_a_resize_read_as_zeros_beyond_their_end(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from engine.durable import replace_file
 from engine.errors import FormatError, StoreError
 from engine.store import Store, create_replica, inspect_replica, layout, resize_replica
+from engine.store import resize as store_resize
 
 MIB = 1 << 20
 UUID = "0d8a4f1e-7b1c-4f52-9d0e-2d6d4a2f6b11"
@@ -37,7 +38,7 @@ def test_a_new_replica_has_these_bytes_on_disk(directory: Path) -> None:
         "share-manager.json": b'{"format":1,"volume":"vol1","uuid":"0d8a4f1e-7b1c-4f52-9d0e-2d6d4a2f6b11",'
         b'"replica":"r1","epoch":0,"incarnation":0}\n',
         "revision.counter": b"0" + bytes(4095),
-        "share-manager.reserve": bytes(256 << 10),
+        "share-manager.reserve": b"reserve\n" * (32 << 10),
     }
     image = (directory / "volume-head-000.img").stat()
     assert (image.st_size, image.st_blocks) == (10 * MIB, 0)
@@ -202,8 +203,8 @@ def test_growing_is_whole_or_can_be_repeated(
 
         return step
 
-    for name in ("_truncate", "extend_map", "write_volume_meta"):
-        monkeypatch.setattr(layout, name, count(getattr(layout, name)))
+    for name in ("extend_image", "extend_map", "write_volume_meta"):
+        monkeypatch.setattr(store_resize, name, count(getattr(store_resize, name)))
     with pytest.raises(Crash):
         resize_replica(directory, 30 * MIB)
     monkeypatch.undo()

@@ -21,8 +21,21 @@ from engine.errors import (
     SnapshotNotFoundError,
     StoreError,
 )
-from engine.store import Store, adopt_replica, chain, coalesce, create_replica, inspect_replica, layout, switch, views
+from engine.store import (
+    Store,
+    adopt_replica,
+    chain,
+    coalesce,
+    create_replica,
+    index,
+    inspect_replica,
+    layout,
+    resize_replica,
+    switch,
+    views,
+)
 from tests.engine.store.chains import add_snapshot
+from tests.engine.store.longhorn import longhorn_directory
 
 BLOCK = 4096
 SIZE = 40 * BLOCK
@@ -139,11 +152,13 @@ class Model:
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(operations, st.sampled_from([chain.CHUNK, 8 * BLOCK]), st.booleans())
+@given(operations, st.sampled_from([index.CHUNK, 8 * BLOCK]), st.booleans())
 def test_every_snapshot_reads_like_a_flat_device(ops: list[tuple[str, int, int]], chunk: int, always: bool) -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as base, pytest.MonkeyPatch.context() as patch:
         patch.setattr(chain, "CHUNK", chunk)
-        patch.setattr(chain, "_CHUNK_BLOCKS", chunk // BLOCK)
+        for module in (chain, index):
+            patch.setattr(module, "CHUNK_BLOCKS", chunk // BLOCK)
+        patch.setattr(index, "_uniform", {})
         patch.setattr(layout, "RESERVE_SIZE", 16)
         patch.setattr(views, "MAX_LAYERS", 6)
         make(Path(base)).close()
@@ -414,13 +429,17 @@ def test_a_coalesce_works_where_the_file_system_has_no_holes(tmp_path: Path, mon
     store.close()
 
 
-def test_growing_between_snapshots(tmp_path: Path) -> None:
+@pytest.mark.parametrize("online", [True, False])
+def test_growing_between_snapshots(tmp_path: Path, online: bool) -> None:
     store = make(tmp_path)
     store.write(0, b"x" * SIZE)
     store.snapshot("a")
-    store.close()
-    layout.resize_replica(tmp_path / "r1", 2 * SIZE)
-    store = Store.open(tmp_path / "r1")
+    if online:
+        store.resize(2 * SIZE)
+    else:
+        store.close()
+        resize_replica(tmp_path / "r1", 2 * SIZE)
+        store = Store.open(tmp_path / "r1")
     store.write(2 * SIZE - BLOCK, b"y" * BLOCK)
     store.snapshot("b")
     assert store.read_snapshot("a", SIZE - 1, 2) == b"x\0"
@@ -629,38 +648,7 @@ def test_a_coalesce_on_a_full_disk_can_be_tried_again(tmp_path: Path, monkeypatc
 
 @pytest.fixture
 def longhorn(tmp_path: Path) -> Path:
-    """As its v1 engine leaves one: base <- new <- head, `aside` on base after a revert, keys that we do not know."""
-    directory = tmp_path / "pvc-1-abcd"
-    directory.mkdir()
-    metas = {
-        "volume-head-003.img": ("volume-snap-new.img", False),
-        "volume-snap-new.img": ("volume-snap-base.img", False),
-        "volume-snap-aside.img": ("volume-snap-base.img", False),
-        "volume-snap-base.img": ("", True),
-    }
-    for image, (parent, removed) in metas.items():
-        (directory / f"{image}.meta").write_text(
-            f'{{"Name":"{image}","Parent":"{parent}","Removed":{str(removed).lower()},"UserCreated":true,'
-            f'"Created":"{WHEN}","Labels":{{"RecurringJob":"daily"}}}}\n'
-        )
-        with open(directory / image, "wb") as file:
-            file.truncate(SIZE)
-    for image, offset, data in (
-        ("volume-snap-base.img", 0, b"base" * 2 * 1024),
-        ("volume-snap-new.img", BLOCK, b"new_" * 1024),
-        ("volume-snap-aside.img", BLOCK, b"side" * 1024),
-        ("volume-head-003.img", 2 * BLOCK, b"head" * 1024),
-    ):
-        with open(directory / image, "r+b") as file:
-            file.seek(offset)
-            file.write(data)
-    (directory / "volume-snap-new.img.checksum").write_text('{"algorithm":"crc64","checksum":"00"}')
-    (directory / "volume.meta").write_text(
-        f'{{"Size":{SIZE},"Head":"volume-head-003.img","Dirty":true,"Rebuilding":false,"Error":"",'
-        '"Parent":"volume-snap-new.img","SectorSize":512,"BackingFilePath":"","BackingFile":null}\n'
-    )
-    (directory / "revision.counter").write_bytes(b"4711".ljust(4096, b"\0"))
-    return directory
+    return longhorn_directory(tmp_path / "pvc-1-abcd", SIZE)
 
 
 def test_a_directory_of_longhorn_becomes_ours(longhorn: Path) -> None:

@@ -1,14 +1,27 @@
 from __future__ import annotations
 
+from random import Random
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import ops
+from engine.buffers import BufferPool
 from engine.controller import core
 from engine.errors import ProtocolError
 from engine.wire import frame
-from engine.wire.frame import HEADER_SIZE, MAX_PAYLOAD, REPLY, Frame, FrameReader, FrameType, Status, encode_frame
+from engine.wire.frame import (
+    BULK,
+    HEADER_SIZE,
+    MAX_PAYLOAD,
+    REPLY,
+    Frame,
+    FrameReader,
+    FrameType,
+    Status,
+    encode_frame,
+)
 
 
 def feed(reader: FrameReader, data: bytes) -> list[Frame]:
@@ -22,6 +35,20 @@ def feed(reader: FrameReader, data: bytes) -> list[Frame]:
         view = view[count:]
         out += reader.frames()
     return out
+
+
+def assert_survives(reader: FrameReader, wanted: list[Frame], cuts: list[int]) -> None:
+    """The frames come out of a stream that arrives in pieces of these lengths, over and over."""
+    stream = b"".join(encode_frame(k, q, p, status=s, offset=o, length=n) for k, s, q, o, n, p in wanted)
+    got: list[Frame] = []
+    position = turn = 0
+    while position < len(stream):
+        step = cuts[turn % len(cuts)]
+        got += feed(reader, stream[position : position + step])
+        position += step
+        turn += 1
+    assert got == wanted
+    assert not reader.partial
 
 
 def test_golden_bytes_of_a_write() -> None:
@@ -45,10 +72,15 @@ def test_golden_bytes_of_an_empty_answer() -> None:
     assert data.hex() == "534d463106800100010000000000000000000000000000000000000000000000000000007593b14d"
 
 
+def test_golden_bytes_of_a_confirm() -> None:
+    data = encode_frame(FrameType.CONFIRM, 1 << 63 | 5)
+    assert data.hex() == "534d46312800000005000000000000800000000000000000000000000000000000000000b003ab02"
+
+
 def test_the_core_and_the_wire_agree_on_numbers() -> None:
     for name in ("READ", "WRITE", "FLUSH", "UNMAP"):
         assert getattr(ops, name) == FrameType[name]
-    for name in ("PING", "SETTLED", "TRACK", "STATE"):
+    for name in ("PING", "SETTLED", "TRACK", "STATE", "READ_LAYER", "WRITE_LAYER"):
         assert getattr(core, name) == FrameType[name]
     for name in ("OK", "STALE_EPOCH", "NO_SPACE"):
         assert getattr(core, name) == Status[name]
@@ -70,17 +102,43 @@ frames = st.lists(
 
 @given(frames, st.lists(st.integers(1, 200), min_size=1))
 def test_frames_survive_any_cutting(wanted: list[Frame], cuts: list[int]) -> None:
-    stream = b"".join(encode_frame(k, q, p, status=s, offset=o, length=n) for k, s, q, o, n, p in wanted)
-    reader = FrameReader()
-    got: list[Frame] = []
-    position = turn = 0
-    while position < len(stream):
-        step = cuts[turn % len(cuts)]
-        got += feed(reader, stream[position : position + step])
-        position += step
-        turn += 1
-    assert got == wanted
-    assert not reader.partial
+    assert_survives(FrameReader(), wanted, cuts)
+
+
+sizes = st.lists(st.sampled_from([0, 1, 300, BULK - 1, BULK, BULK + 1, 2 * BULK, MAX_PAYLOAD]), max_size=8)
+kinds = st.sampled_from([int(FrameType.WRITE), FrameType.READ | REPLY, int(FrameType.DIGEST)])
+
+
+@settings(max_examples=60)
+@given(sizes, st.lists(kinds, min_size=1), st.lists(st.integers(1, 3 * BULK), max_size=4), st.integers(0, 999))
+def test_large_payloads_are_received_by_themselves_and_are_the_same(
+    lengths: list[int], order: list[int], cuts: list[int], seed: int
+) -> None:
+    rng = Random(seed)
+    cuts = [*cuts, 3 * BULK]
+    wanted: list[Frame] = [
+        (order[at % len(order)], 0, at, 0, length, rng.randbytes(length)) for at, length in enumerate(lengths)
+    ]
+    assert_survives(FrameReader(bulk=BufferPool(MAX_PAYLOAD, keep=2)), wanted, cuts)
+
+
+def test_a_large_payload_stays_as_it_is_while_somebody_has_it() -> None:
+    reader = FrameReader(bulk=BufferPool(MAX_PAYLOAD))
+    frames = [encode_frame(FrameType.WRITE, seq, bytes([seq]) * BULK) for seq in range(1, 6)]
+    kept = [feed(reader, part)[-1:] for frame in frames for part in (frame[:50], frame[50:])][1::2]
+    for seq, (one,) in enumerate(kept, 1):
+        assert isinstance(one[5], memoryview)
+        assert one[5] == bytes([seq]) * BULK
+
+
+def test_a_changed_byte_of_a_large_payload_is_noticed_and_half_of_one_is_partial() -> None:
+    stream = bytearray(encode_frame(FrameType.WRITE, 1, bytes(BULK)))
+    reader = FrameReader(bulk=BufferPool(MAX_PAYLOAD))
+    assert feed(reader, bytes(stream[:100])) == []
+    assert reader.partial
+    stream[-1] ^= 1
+    with pytest.raises(ProtocolError, match="payload checksum"):
+        feed(reader, bytes(stream[100:]))
 
 
 @given(st.binary(min_size=1, max_size=200), st.data())

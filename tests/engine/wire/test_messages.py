@@ -23,6 +23,18 @@ def test_golden_bytes_of_a_hello() -> None:
     )
 
 
+def test_golden_bytes_of_what_the_right_to_serve_needs() -> None:
+    reply = messages.OpenReply(
+        size=8, region_size=4, dirty_regions=0, tracked=(), rebuilding=False, rebuild=False, origin="", older_age=1.5
+    )
+    assert messages.encode(reply).hex() == (
+        "86a473697a6508ab726567696f6e5f73697a6504ad64697274795f726567696f6e7300a7747261636b656490aa72656275696c64696e67c2"
+        "a96f6c6465725f616765cb3ff8000000000000"
+    )
+    assert messages.encode(messages.Close(kept=True)).hex() == "81a46b657074c3"
+    assert messages.encode(messages.Close()).hex() == "80"
+
+
 def test_golden_bytes_of_a_snapshot_and_its_list() -> None:
     message = messages.Snapshot(name="a", created="2024-05-06T07:08:09Z", user_created=False, labels={"k": "v"})
     assert messages.encode(message).hex() == (

@@ -134,3 +134,42 @@ def count(path: str, rounds: int, locked: bool = True, think: float = 0.0) -> in
             os.fsync(fd)
     os.close(fd)
     return number
+
+
+class Added(TypedDict):
+    added: int
+    errors: list[dict[str, Any]]
+
+
+def add(path: str, pause: float = 0.05, patience: float = 120.0) -> Added:
+    """Add one to the number in the file until told to stop, each time under the lock that others want as well. How
+    often, which is what the number must have grown by. Emits `adding` after the first."""
+    made: Added = {"added": 0, "errors": []}
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    while not channel.stopping(pause):
+        try:
+            acquire(fd, patience, interval=0.02)
+            number = int(os.pread(fd, 32, 0).strip() or b"0") + 1
+            os.pwrite(fd, b"%020d\n" % number, 0)
+            os.fsync(fd)
+            release(fd)
+        except OSError as error:
+            made["errors"].append({"errno": error.errno, "added": made["added"], "time": time.time()})
+            break
+        made["added"] += 1
+        if made["added"] == 1:
+            channel.emit("adding")
+    os.close(fd)
+    return made
+
+
+def rename_and_hold(old: str, new: str) -> None:
+    """Make a file, give it another name, lock it, emit `held`, and keep it until told to stop."""
+    fd = os.open(old, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    os.rename(old, new)
+    fcntl.fcntl(fd, fcntl.F_SETLK, _flock(fcntl.F_WRLCK, 0, 0))
+    channel.emit("held")
+    while not channel.stopping(1.0):
+        pass
+    release(fd)
+    os.close(fd)

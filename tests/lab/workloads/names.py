@@ -8,6 +8,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from tests.lab.workloads import channel
+
 
 def attempt(operation: str, *, path: str, mode: int = 0o644) -> int:
     """The errno of one operation on `path`, 0 if it succeeded: `create`, `read`, `write`, `list`, `mkdir`."""
@@ -63,6 +65,19 @@ def write_text(path: str, text: str, sync: bool = True) -> None:
         file.flush()
         if sync:
             os.fsync(file.fileno())
+
+
+def leave_dirty(path: str, text: str) -> None:
+    """Open a file, and when told to stop write to it and end, without waiting for any of it to be stored."""
+    with Path(path).open("w") as file:
+        channel.emit("opened")
+        while not channel.stopping(0.1):
+            pass
+        file.write(text)
+        file.flush()
+        channel.emit("written")
+        # the end of the process closes it, which waits for the server
+        os._exit(0)
 
 
 def read_text(path: str) -> str:

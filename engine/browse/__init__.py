@@ -1,0 +1,1 @@
+"""Snapshots of an attached volume as read-only files, served by a process of its own (engine/launch.py)."""
