@@ -5,6 +5,7 @@ What a test or the session leaves behind on the machine is listed, removed, and 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -15,6 +16,9 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
+from xdist.workermanage import WorkerController
 
 from share_manager.kube.client import Client
 from tests.lab import leftovers
@@ -73,8 +77,26 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         output["stalls"] = session.config.stash[STALLS].seen
 
 
+class _FromBothEnds(LoadFileScheduling):  # type: ignore[misc]
+    """One worker takes the files in their order, the others from the end: two workers with guests starve each other
+    on two cores, and what takes longest is not left to the end."""
+
+    def _assign_work_unit(self, node: WorkerController) -> None:
+        if self.workqueue and node is not self.nodes[0]:
+            self.workqueue.move_to_end(next(reversed(self.workqueue)), last=False)
+        super()._assign_work_unit(node)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _FromBothEnds | None:
+    if config.getoption("dist") != "loadfile":
+        return None
+    config.option.loadscopereorder = False
+    return _FromBothEnds(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # with two workers: what takes longest first, or one of them would end with it alone
+    # the tests with guests first
     items.sort(key=lambda item: "lab" not in getattr(item, "fixturenames", ()))
 
 
@@ -88,11 +110,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def progress(pytestconfig: pytest.Config) -> Progress:
-    """Prints a line that shows even when output is captured."""
+    """Prints a line that shows even when output is captured. A worker's are shown with what fails."""
     capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+    alone = not hasattr(pytestconfig, "workerinput")
 
     def write(line: str) -> None:
-        with capture.global_and_fixture_disabled():
+        with capture.global_and_fixture_disabled() if alone else contextlib.nullcontext():
             print(f"\n{time.monotonic() - STARTED:7.1f}s  {line}", end="", flush=True)
 
     return write
@@ -184,6 +207,8 @@ def _ready(guest: Guest) -> Iterator[Guest]:
     guest.kernel_log()
     jobs, places = set(guest.jobs), set(guest.mounts)
     yield guest
+    # shown with what fails
+    print(f"{guest.name} at {time.time():.1f}: {guest.last_words()}")
     for job in guest.jobs - jobs:
         job.kill()
     for place in guest.mounts - places:

@@ -20,7 +20,7 @@ Squash = Annotated[
     Literal["none", "root", "all"], Parameter(help="Which users become nobody (65534): none, root, or all.")
 ]
 ReadOnly = Annotated[bool, Parameter(negative=(), help="Let clients only read.")]
-LeaseLifetime = Annotated[int, Parameter(help="Seconds that a silent client keeps its locks, 1 to 120.")]
+LeaseLifetime = Annotated[int, Parameter(help="Seconds that a silent client keeps its locks, 10 to 120.")]
 GracePeriod = Annotated[
     int, Parameter(help="Seconds after a restart in which clients reclaim; at least the lease, at most 180.")
 ]

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from share_manager.kube.meta import Condition, Model, Object, Time
-from share_manager.units import BLOCK, MAX_REPLICAS, MAX_SIZE, MIN_SIZE
+from share_manager.units import BLOCK, MAX_REPLICAS, MAX_SIZE, MIN_SIZE, SHORTEST_LEASE
 
 GROUP = "share-manager.io"
 VERSION = "v1beta1"
@@ -100,9 +100,16 @@ class ExportSpec(Model, frozen=True, kw_only=True):
     root_uid: Annotated[int, Meta(ge=0, le=(1 << 32) - 2, description="Owner of the export's root.")] = 0
     root_gid: Annotated[int, Meta(ge=0, le=(1 << 32) - 2, description="Group of the export's root.")] = 0
     root_mode: Annotated[str, Meta(pattern="^[0-7]{3,4}$", description="Mode of the export's root, in octal.")] = "0777"
-    lease_lifetime: Annotated[int, Meta(ge=1, le=120, description="Seconds that a silent client keeps its locks.")] = 20
+    lease_lifetime: Annotated[
+        int, Meta(ge=SHORTEST_LEASE, le=120, description="Seconds that a silent client keeps its locks.")
+    ] = 20
     grace_period: Annotated[
-        int, Meta(ge=1, le=180, description="Seconds after a restart in which clients reclaim; at least the lease.")
+        int,
+        Meta(
+            ge=SHORTEST_LEASE,
+            le=180,
+            description="Seconds after a restart in which clients reclaim; at least the lease.",
+        ),
     ] = 30
 
 

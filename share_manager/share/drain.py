@@ -17,7 +17,8 @@ from share_manager.errors import NetworkError
 from share_manager.node.connections import established
 from share_manager.share.network.nft import Nft, nftables
 
-PATIENCE = 1.0
+# what a snapshot, a replica that hangs and a busy machine may cost: the pause is longer then, no name is refused
+PATIENCE = 5.0
 _LOOKS = 4
 _EVERY = 0.015
 # an IPv6 header and one of TCP with all options; a call of NFS is longer

@@ -251,6 +251,13 @@ class Guest:
         """What the guest's kernel said since the last call."""
         return self.run("dmesg", "--read-clear").stdout
 
+    def last_words(self) -> str:
+        """Its clock and all that its kernel has said since `kernel_log` was last called, or why that cannot be had."""
+        try:
+            return self.run("sh", "-c", "cat /proc/uptime && dmesg", timeout=10).stdout
+        except GuestError as error:
+            return str(error)
+
     @property
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None

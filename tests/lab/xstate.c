@@ -58,7 +58,8 @@ long ptrace(enum __ptrace_request request, ...)
 		return peeked;
 	}
 	result = syscall(SYS_ptrace, request, pid, address, data);
-	if (result < 0 && errno == EFAULT && request == PTRACE_SETREGSET && (uintptr_t)address == NT_X86_XSTATE)
+	/* whatever errno says: UML's threads share one, and another may have failed at something else since */
+	if (result < 0 && request == PTRACE_SETREGSET && (uintptr_t)address == NT_X86_XSTATE)
 		result = set_whole(pid, data);
 	return result;
 }

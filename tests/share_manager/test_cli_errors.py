@@ -50,7 +50,7 @@ def fails(capsys: pytest.CaptureFixture[str], status: int, *arguments: str) -> s
         (("serve", "v", "--squash", "some"), "none"),
         (("serve", "v", "--root-owner", "nobody"), "UID:GID"),
         (("serve", "v", "--root-mode", "rwx"), "octal"),
-        (("serve", "v", "--lease-lifetime", "0"), "1 to 120"),
+        (("serve", "v", "--lease-lifetime", "9"), "10 to 120"),
         (("serve", "v", "--lease-lifetime", "30", "--grace-period", "20"), "at least --lease-lifetime"),
         (("serve", "v", "--output", "xml"), "json"),
         (("serve", "v", "--encrypt"), "--encrypt needs the passphrase"),

@@ -51,7 +51,7 @@ class Place:
         return shown
 
     def serve(self, volume: str, *arguments: str) -> tuple[Running, Path]:
-        times = ("--lease-lifetime", "4", "--grace-period", "6")
+        times = ("--lease-lifetime", "10", "--grace-period", "10")
         share = self.start("serve", volume, *self.options, "--port", port(), *times, *arguments)
         share.wait_event("ready")
         return share, Path(status_of(volume, self.data_dir)["mountpoint"]) / "data"

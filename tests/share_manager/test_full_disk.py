@@ -39,7 +39,7 @@ def test_the_filesystem_is_clean_after_all_disks_were_full(
     start: Callable[..., Running], tmp_path: Path, disks: list[Path], free_port: int
 ) -> None:
     place = ("--data-dir", str(tmp_path / "data"))
-    serve = ("serve", "full", *place, "--port", str(free_port), "--lease-lifetime", "4", "--grace-period", "6")
+    serve = ("serve", "full", *place, "--port", str(free_port), "--lease-lifetime", "10", "--grace-period", "10")
     share = start(*serve, "--size", "256Mi", "--replicas", "2")
     share.wait_event("ready")
     assert share.stop() == (0, "")

@@ -33,7 +33,7 @@ def ask(*arguments: str, data_dir: Path) -> dict[str, Any]:
 
 def serve(start: Start, volume: str, tmp_path: Path, port: int, *options: str) -> tuple[Running, Path]:
     place = ("--data-dir", str(tmp_path), "--port", str(port))
-    share = start("serve", volume, *place, "--lease-lifetime", "4", "--grace-period", "6", *options)
+    share = start("serve", volume, *place, "--lease-lifetime", "10", "--grace-period", "10", *options)
     return share, Path(share.wait_event("ready")["mountpoint"]) / "data"
 
 

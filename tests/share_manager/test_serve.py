@@ -48,7 +48,7 @@ def wait_gone(pid: int) -> None:
 
 def test_serves_keeps_and_cleans_up(start: Start, tmp_path: Path, free_port: int) -> None:
     place = ("--data-dir", str(tmp_path))
-    serve = ("serve", "keeps", *place, "--port", str(free_port), "--lease-lifetime", "4", "--grace-period", "6")
+    serve = ("serve", "keeps", *place, "--port", str(free_port), "--lease-lifetime", "10", "--grace-period", "10")
     share = start(*serve, "--size", "64Mi", "--replicas", "2", "--root-owner", "7:8", "--root-mode", "0750")
     ready = share.wait_event("ready")
     names = [event["event"] for event in share.events]
@@ -140,7 +140,7 @@ def test_repairs_and_metrics(start: Start, tmp_path: Path, free_port: int, front
     metrics = free_port + 1 if free_port < 65535 else free_port - 1
     share = start(
         *("serve", "mends", "--data-dir", str(tmp_path), "--size", "64Mi", "--replicas", "2"),
-        *("--port", str(free_port), "--metrics-port", str(metrics), "--lease-lifetime", "4", "--grace-period", "6"),
+        *("--port", str(free_port), "--metrics-port", str(metrics), "--lease-lifetime", "10", "--grace-period", "10"),
         *("--frontend", frontend),
     )
     share.wait_event("ready")

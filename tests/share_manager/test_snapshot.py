@@ -98,7 +98,7 @@ class Writers:
 @pytest.mark.system
 def test_a_served_volume_is_snapshotted_at_rest_and_brought_back(start: Start, tmp_path: Path, free_port: int) -> None:
     place = ("--data-dir", str(tmp_path))
-    serve = ("serve", "past", *place, "--port", str(free_port), "--lease-lifetime", "4", "--grace-period", "6")
+    serve = ("serve", "past", *place, "--port", str(free_port), "--lease-lifetime", "10", "--grace-period", "10")
     share = start(*serve, "--size", "64Mi", "--replicas", "2")
     share.wait_event("ready")
     snapshots = Snapshots("past", tmp_path)
@@ -228,7 +228,7 @@ def test_a_share_manager_killed_while_its_filesystem_is_frozen_leaves_nothing_th
 ) -> None:
     share = start(
         *("serve", "ice", "--data-dir", str(tmp_path), "--port", str(free_port), "--size", "64Mi", "--replicas", "1"),
-        *("--lease-lifetime", "4", "--grace-period", "6"),
+        *("--lease-lifetime", "10", "--grace-period", "10"),
     )
     share.wait_event("ready")
     status = status_of("ice", tmp_path)

@@ -246,7 +246,7 @@ def test_where_a_file_cannot_be_handed_over_a_share_can_be_attached_anew(
 ) -> None:
     where = ("--data-dir", str(tmp_path))
     options = ("--size", "64Mi", "--replicas", "1", "--frontend", "pyfuse3", "--port", str(free_port))
-    share = start("serve", "again", *options, "--lease-lifetime", "4", "--grace-period", "6", *where)
+    share = start("serve", "again", *options, "--lease-lifetime", "10", "--grace-period", "10", *where)
     data = Path(share.wait_event("ready")["mountpoint"]) / "data"
     (data / "file").write_text("kept")
     refused = run_command("engine", "upgrade", "again", *where)

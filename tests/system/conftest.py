@@ -11,8 +11,8 @@ from tests.lab.share import Share
 
 MakeShare = Callable[..., Share]
 
-# for tests that wait for the end of a grace period
-SHORT_GRACE = ("--lease-lifetime", "6", "--grace-period", "10")
+# for tests that wait for the end of a grace period: the least that clients renew in time
+SHORT_GRACE = ("--lease-lifetime", "10", "--grace-period", "10")
 
 
 @pytest.fixture

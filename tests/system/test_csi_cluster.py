@@ -106,7 +106,7 @@ def test_a_volume_is_made_mounted_by_two_nodes_failed_over_and_erased(
         name="pvc-1",
         capacity_range=pb.CapacityRange(required_bytes=256 << 20),
         volume_capabilities=[capability()],
-        parameters={"replicas": "2", "leaseLifetime": "6", "gracePeriod": "10"},
+        parameters={"replicas": "2", "leaseLifetime": "10", "gracePeriod": "10"},
     )
     volume = controller.call("CreateVolume", create, 120).volume.volume_id
     progress(f"csi: volume made {time.monotonic() - began:.1f} s after it was asked for")

@@ -31,7 +31,7 @@ MIB = 1 << 20
 SLOW = 6.0
 REPLICAS = ("r1", "r2", "r3")
 # other rounds and another --network for a longer run by command (docs/testing.md)
-ROUNDS = int(os.environ.get("KILL_ROUNDS", "3"))
+ROUNDS = int(os.environ.get("KILL_ROUNDS", "2"))
 NETWORK = os.environ.get("KILL_NETWORK", "host")
 
 
@@ -146,7 +146,7 @@ def start_fire(
 
 def test_killing_ganesha(start_fire: StartFire) -> None:
     with start_fire("ganesha") as fire:
-        for _ in range(3):
+        for _ in range(ROUNDS):
             fire.kill("kill ganesha", "ganesha")
 
 
@@ -199,9 +199,9 @@ def test_killing_an_engine_that_cannot_be_replaced_in_place(start_fire: StartFir
     """Attach, mount and export anew, in the order in which no client sees an error."""
     with start_fire("reattach", frontend="pyfuse3") as fire:
         epoch = fire.share.status().epoch
-        for _ in range(3):
+        for _ in range(ROUNDS):
             fire.kill("kill the engine (attached anew)", "engine")
-        assert fire.share.status().epoch == epoch + 3
+        assert fire.share.status().epoch == epoch + ROUNDS
 
 
 def test_killing_the_engine_while_the_share_comes_up(start_fire: StartFire) -> None:
@@ -229,7 +229,7 @@ def test_killing_share_manager_and_engine(start_fire: StartFire) -> None:
 
 def test_killing_everything_at_once(start_fire: StartFire) -> None:
     with start_fire("all") as fire:
-        for _ in range(3):
+        for _ in range(ROUNDS):
             fire.kill("kill everything", "share-manager", "engine", "ganesha", *REPLICAS)
 
 

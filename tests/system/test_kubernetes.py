@@ -41,7 +41,7 @@ def cluster(lab: Lab, control_plane: ControlPlane) -> Iterator[KubeCluster]:
 
 def serve(cluster: KubeCluster, guest: Guest) -> Export:
     """A volume that is published to the guest, as a node of its own."""
-    export = {"leaseLifetime": 6, "gracePeriod": 10}
+    export = {"leaseLifetime": 10, "gracePeriod": 10}
     body = {"metadata": {"name": VOLUME}, "spec": {"size": 256 << 20, "replicas": 2, "export": export}}
     cluster.make(Volume, body)
     cluster.wait_state(VOLUME, "stopped")

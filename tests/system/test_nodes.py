@@ -75,7 +75,7 @@ def under_fire(
     cluster.start()
     with mounted(one, cluster.export) as here, mounted(two, cluster.export, "4.1") as there:
         job = one.spawn(appender.append, path=f"{here}/log")
-        names = two.spawn(once.names, directory=f"{there}/names", pause=0.01)
+        names = two.spawn(once.names, directory=f"{there}/names", pause=0.02)
         job.wait_event("running")
         names.wait_event("running")
         watch = two.spawn(locks.watch, path=f"{there}/log")
@@ -105,7 +105,9 @@ def under_fire(
             assert named["errors"] == []
         count = outcome["acknowledged"]
         assert two.call(appender.verify, path=f"{there}/log", acknowledged=count) == []
-        assert fire.asking or "lost" not in one.kernel_log()
+        said = one.last_words()
+        assert fire.asking or "lost" not in said, (time.time(), fire.faults)
+        one.kernel_log()
     cluster.wait_settled(cluster.serving())
     cluster.stop()
     with cluster.replica_directories() as directories:

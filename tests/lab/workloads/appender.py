@@ -43,8 +43,9 @@ def record(tag: str, sequence: int, size: int = RECORD) -> bytes:
     return body + b" %08x\n" % zlib.crc32(body)
 
 
-def append(path: str, tag: str = "record", least: int = 10, pause: float = 0.0) -> Outcome:
-    """Append until told to stop, at least `least` records. Pauses `pause` seconds after each.
+def append(path: str, tag: str = "record", least: int = 10, pause: float = 0.01) -> Outcome:
+    """Append until told to stop, at least `least` records. Pauses `pause` seconds after each: without, an appender and
+    what it keeps busy take both cores from what is tested.
 
     Emits `running` after the first acknowledged record, `progress` about twice a second, `error` at each errno.
     """

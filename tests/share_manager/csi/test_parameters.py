@@ -85,7 +85,7 @@ def test_every_parameter_has_its_place() -> None:
         ({"rootUid": "-1"}, "rootUid"),
         ({"rootUid": "4294967295"}, "rootUid"),
         ({"rootMode": "9"}, "rootMode"),
-        ({"leaseLifetime": "0"}, "leaseLifetime"),
+        ({"leaseLifetime": "9"}, "leaseLifetime"),
         ({"leaseLifetime": "30", "gracePeriod": "20"}, "gracePeriod"),
         ({"luksCipher": "aes-xts-plain64"}, "luksCipher"),
         ({"encrypted": "true", "luksKeySize": "300"}, "luksKeySize"),

@@ -92,6 +92,7 @@ def record(**changes: Any) -> VolumeRecordSpec:
         {"size": "1Gi"},
         {},
         {"size": 1 << 30, "replicas": 0},
+        {"size": 1 << 30, "export": {"leaseLifetime": 9}},
         {"size": 1 << 30, "replicas": 99},
         {"size": 1 << 30, "filesystem": "btrfs"},
         {"size": 1 << 30, "encryption": {"keySize": 100}},
