@@ -21,6 +21,8 @@ from share_manager.share.gone import GONE, GoneClients, encode
 
 PRESENT = 5.0
 """Seconds since it said so that a process counts as there."""
+COMING_UP = 5.0
+"""Seconds that `move` waits for a process that is there to stand by: it may have been started a moment ago."""
 NOT_RENEWED = 1.0
 """Seconds after which a lease that nobody has renewed looks like one whose holder has died."""
 UNFORMATTED = "unformatted"
@@ -104,15 +106,20 @@ def say_gone(client: RecordsClient, volume: str, names: Sequence[str], report: R
 
 def move(client: RecordsClient, volume: str, node: str, timeout: float, report: Reporter) -> None:
     """Have `node` serve the volume, and wait until it does. Raises UsageError, MoveFailedError, RecordError."""
-    end = time.monotonic() + timeout
+    began = time.monotonic()
+    end = began + timeout
     failover = os.urandom(6).hex()
     while True:
         lease, version = client.read_lease(volume)
         if lease.holder == node and lease.phase in ("taking", "serving"):
             report.emit("moved", f"volume {volume} is on node {node} already", volume=volume, node=node)
             return
-        there = {one.node for one in client.presences(volume) if one.state == "standby" and one.age < PRESENT}
+        present = {one.node: one.state for one in client.presences(volume) if one.age < PRESENT}
+        there = {name for name, state in present.items() if state == "standby"}
         if node not in there:
+            if node in present and time.monotonic() < min(end, began + COMING_UP):
+                time.sleep(0.1)
+                continue
             raise UsageError(
                 f"node {node} does not stand by for volume {volume} (there: {', '.join(sorted(there)) or 'nobody'}): "
                 f"run `share-manager share {volume} --standby` on it"

@@ -46,6 +46,11 @@ PROGRAMS = {
 settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared machine")
 
+# long files whose tests share nothing but the session's lab: the workers may share them
+SINGLY = frozenset(
+    f"tests/system/test_{name}.py" for name in ("failovers", "gate", "kills", "nodes", "options", "shares")
+)
+
 STALLS = pytest.StashKey[Stalls]()
 STARTED = time.monotonic()
 
@@ -78,8 +83,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 class _FromBothEnds(LoadFileScheduling):  # type: ignore[misc]
-    """One worker takes the files in their order, the others from the end: two workers with guests starve each other
-    on two cores, and what takes longest is not left to the end."""
+    """One worker takes what is first, the others what is last: two workers with guests starve each other on two cores,
+    and what takes longest is not left to the end."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return nodeid if file in SINGLY else file
 
     def _assign_work_unit(self, node: WorkerController) -> None:
         if self.workqueue and node is not self.nodes[0]:

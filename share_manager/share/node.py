@@ -132,6 +132,7 @@ class NodeHome:
         self._answers = True
         self._serving = trio.CancelScope()
         self._turned = trio.Condition()
+        self._changed = trio.Event()
         self._watch = trio.CancelScope()
         self._warming = trio.CancelScope()
         self._key = b""
@@ -238,6 +239,7 @@ class NodeHome:
                     return False
                 if handover.role is Role.STANDBY and share.state not in ("standby", "stopping") and handover.version:
                     share.state = "standby"
+                    self._changed.set()
                     there = handover.lease.holder if handover.lease.phase == "serving" else "nobody"
                     self._tell("standby", f"standing by: {there} serves")
                 if handover.role is Role.STANDBY and warm is None:
@@ -465,7 +467,9 @@ class NodeHome:
                 handover.others = any(
                     one.node != self._options.node and one.state == "standby" and one.age < PRESENT for one in there
                 )
-            await trio.sleep(ANNOUNCE_EVERY)
+            with trio.move_on_after(ANNOUNCE_EVERY):
+                await self._changed.wait()
+            self._changed = trio.Event()
 
     def _connections(self) -> tuple[str, ...]:
         if not self._exported or self._options.address is None:

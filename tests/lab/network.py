@@ -47,7 +47,7 @@ class Lab:
             _ip("netns", "add", self.namespace)
             self._fd = os.open(Path("/run/netns", self.namespace), os.O_RDONLY | os.O_CLOEXEC)
             self._inside("link", "set", "lo", "up")
-            self._inside("link", "add", "br0", "type", "bridge", "forward_delay", "0")
+            self._add_bridge("br0", 1)
             self._inside("address", "add", f"{SERVER}/24", "dev", "br0")
             self._inside("link", "set", "br0", "up")
         except BaseException:
@@ -152,7 +152,7 @@ class Lab:
     def cut_off(self, *links: str) -> None:
         """These links of the bridge reach one another still, and nobody else."""
         if not self._island:
-            self._inside("link", "add", ISLAND, "type", "bridge", "forward_delay", "0")
+            self._add_bridge(ISLAND, 2)
             self._inside("link", "set", ISLAND, "up")
             self._island = True
         for link in links:
@@ -162,6 +162,12 @@ class Lab:
         """Undo `cut_off`."""
         for link in links:
             self._inside("link", "set", link, "master", "br0")
+
+    def _add_bridge(self, name: str, number: int) -> None:
+        # Without an address of its own a bridge has the lowest of its links: who was cut off with that link would still
+        # be heard by the servers here, at the address that it knows them by, and not be answered.
+        mac = f"02:00:00:00:00:{number:02x}"
+        self._inside("link", "add", name, "address", mac, "type", "bridge", "forward_delay", "0")
 
     def _inside(self, *arguments: str) -> None:
         _ip("-n", self.namespace, *arguments)

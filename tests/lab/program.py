@@ -83,7 +83,7 @@ class Program:
             raise ProgramFailedError(f"{self.name}: does not end\n{self.said()}") from None
 
     def said(self) -> str:
-        events = "\n".join(msgspec.json.encode(event).decode() for event in self.events[-25:])
+        events = "\n".join(msgspec.json.encode(event).decode() for event in self.events[-60:])
         errors = self._errors.read_text(errors="replace")[-3000:] if self._errors.exists() else ""
         return f"events:\n{events}\nstderr:\n{errors}{self._where()}"
 
