@@ -288,4 +288,7 @@ class RemoteRecordStore:
         return self._client.read_record(self._volume)
 
     def swap(self, expected_version: int, new: VolumeRecord) -> None:
+        # Whoever is heard by the server and does not hear it must change nothing: it would remove the replicas that it
+        # does not hear either, and the node with these could not take over from it.
+        self._client.read_record(self._volume)
         self._client.swap_record(expected_version, new)

@@ -29,6 +29,8 @@ from engine.records import (
 )
 from engine.records import messages as asked
 from engine.records.channel import Channel, new_hello
+from tests.chaos.relay import Link, Route, relays
+from tests.engine.cluster import free_ports
 
 SECRET = b"s" * 32
 
@@ -91,6 +93,22 @@ async def test_a_record_is_kept_and_changed_by_whoever_has_seen_its_newest_versi
 
     await use(later, tmp_path)
     assert list(tmp_path.glob("*.json")) == []
+
+
+async def test_who_is_heard_but_hears_nothing_changes_nothing(tmp_path: Path) -> None:
+    async with serving(tmp_path) as address:
+        server = ("127.0.0.1", int(address.rpartition(":")[2]))
+        (free_port,) = free_ports(1)
+        async with relays({"way": Route(("127.0.0.1", free_port), server)}) as between:
+            with RecordsClient(f"tcp:127.0.0.1:{free_port}", SECRET, timeout=1.0) as client:
+                await trio.to_thread.run_sync(client.create_record, record())
+                store = RemoteRecordStore(client, "vol1")
+                await between.set(Link(name="way", back=False))
+                with pytest.raises(RecordError, match="does not answer"):
+                    await trio.to_thread.run_sync(store.swap, 1, record().next(in_sync=("r1",)))
+        with RecordsClient(address, SECRET) as there:
+            kept = await trio.to_thread.run_sync(there.read_record, "vol1")
+            assert kept.in_sync == ("r1", "r2")
 
 
 async def test_every_attachment_gets_an_epoch_of_its_own(tmp_path: Path) -> None:
