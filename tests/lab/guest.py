@@ -255,7 +255,7 @@ class Guest:
         """Its clock and all that its kernel has said since `kernel_log` was last called, or why that cannot be had."""
         try:
             return self.run("sh", "-c", "cat /proc/uptime && dmesg", timeout=10).stdout
-        except GuestError as error:
+        except (GuestError, OSError) as error:
             return str(error)
 
     @property
