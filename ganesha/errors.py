@@ -27,6 +27,10 @@ class StartError(GaneshaError):
         return f"nfs-ganesha did not start: {self.reason}" + (f" (log: {self.log})" if self.log else "")
 
 
+class NotReadyError(StartError):
+    """It runs, says nothing of a failure, and does not serve in time either."""
+
+
 class MissingProgramError(StartError):
     """A program that is needed is not installed."""
 

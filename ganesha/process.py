@@ -14,7 +14,7 @@ from ganesha import logs
 from ganesha.children import Process, end, find_program, run_bus, spawn, spawn_tied
 from ganesha.config import Export, ServerConfig
 from ganesha.dbus import BUS_CONFIG, Control, NfsClient, ServerStats, bus_address, plain_address
-from ganesha.errors import ConfigError, DbusError, HealthError, StartError, UpdateError
+from ganesha.errors import ConfigError, DbusError, HealthError, NotReadyError, StartError, UpdateError
 from ganesha.health import null_call
 from ganesha.logs import EventKind, LogEvent, LogTail
 from ganesha.reach import HERE, Reach
@@ -96,8 +96,8 @@ class Ganesha:
     async def wait_ready(self, timeout: float) -> None:
         """Returns once the server answers an NFSv4 NULL call and has all its exports.
 
-        Raises StartError, with the reason from its log, as soon as it has exited or has left out an export, and after
-        `timeout` seconds.
+        Raises StartError, with the reason from its log, as soon as it has exited or has left out an export, and
+        NotReadyError after `timeout` seconds.
         """
         with trio.move_on_after(timeout):
             pause = 0.01
@@ -110,7 +110,7 @@ class Ganesha:
                 pause = min(pause * 1.5, _READY_POLL)
         self._read_log()
         reason = logs.failure_reason(self._start_log)
-        raise StartError(
+        raise NotReadyError(
             f"not ready after {timeout:g} s" + (f": {reason}" if reason else ""), log=log_path(self._run_dir)
         )
 

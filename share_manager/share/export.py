@@ -16,6 +16,7 @@ from ganesha import (
     Ganesha,
     GaneshaError,
     HealthError,
+    NotReadyError,
     Reach,
     ServerConfig,
     Squash,
@@ -126,23 +127,25 @@ class Exporter:
         """Serve until cancelled, clients from when it is `granted`. What needs more than a new ganesha breaks the
         attachment off, which cancels this.
 
-        Raises GaneshaError when the first start fails, GaveUpError, OSError.
+        Raises GaneshaError when the first start fails (when it hangs, the second), GaveUpError, OSError.
         """
         backoff = Backoff(stable_after=self._policy.stable_after)
-        first = True
+        first, hung = True, False
         while True:
             try:
                 reason = await self._serve_once(attachment, mounted, room, granted, on_ready)
+                first = False
             except GaneshaError as error:
                 if isinstance(error, StartError) and error.log is not None:
                     # it moves there when the runtime directory goes
                     error.log = self._log_dir / error.log.name
-                if first:
+                # one that hangs may have met a machine that did; what is wrong with its configuration it would say
+                hung = isinstance(error, NotReadyError) and not hung
+                if first and not hung:
                     raise
                 reason = str(error)
             finally:
                 on_lost()
-            first = False
             pause = backoff.failed(trio.current_time())
             if backoff.quick_failures >= self._policy.give_up_after:
                 raise GaveUpError(backoff.quick_failures, reason)

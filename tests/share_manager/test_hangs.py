@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -68,6 +69,33 @@ async def test_hung_and_broken_parts_are_replaced(root: None, tmp_path: Path, fr
         last = await share.status()
         assert last.engine.pid is not None
         os.kill(last.engine.pid, signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await until("stopped", sink, 1)
+    assert not share.paths.run.exists()
+
+
+async def test_a_ganesha_that_hangs_at_its_first_start_is_started_once_more(
+    root: None, tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = shutil.which("ganesha.nfsd")
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    tried = tmp_path / "tried"
+    program = programs / "ganesha.nfsd"
+    program.write_text(f'#!/bin/sh\nif mkdir {tried}; then exec sleep 60; fi\nexec {real} "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setattr("share_manager.share.export.READY_TIMEOUT", 3.0)
+    sink = ListSink()
+    options = ServeOptions(
+        volume=VolumeOptions(size=64 << 20, replicas=1), export=ExportOptions(port=free_port), policy=QUICK
+    )
+    share = Share(VolumePaths(make_data_dir(tmp_path), "hangs"), options, Reporter(sink))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(share.run)
+        await until("ready", sink, 1)
+        assert tried.exists()
+        assert [event["event"] for event in sink.events].count("ganesha_restarting") == 1
         os.kill(os.getpid(), signal.SIGTERM)
         await until("stopped", sink, 1)
     assert not share.paths.run.exists()
