@@ -19,6 +19,8 @@ from share_manager.share.network.nft import Nft, nftables
 
 # what a snapshot, a replica that hangs and a busy machine may cost: the pause is longer then, no name is refused
 PATIENCE = 5.0
+# for the acknowledgements of clients, of which one may be away
+ANSWERED_BY = 1.0
 _LOOKS = 4
 _EVERY = 0.015
 # an IPv6 header and one of TCP with all options; a call of NFS is longer
@@ -87,10 +89,13 @@ async def drain(door: Door, port: int, pid: int) -> bool:
     """Close the door and wait until nothing is under way any more; whether that came to pass."""
     if not door.close():
         return False
-    quiet = 0
+    began = trio.current_time()
+    quiet, answered = 0, False
     with trio.move_on_after(PATIENCE):
         while quiet < _LOOKS:
-            quiet = quiet + 1 if is_idle(pid) and is_answered(port, pid) else 0
+            answered = is_answered(port, pid)
+            waits = not answered and trio.current_time() - began < ANSWERED_BY
+            quiet = quiet + 1 if is_idle(pid) and not waits else 0
             await trio.sleep(_EVERY)
-        return True
+        return answered
     return False
