@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import msgspec
@@ -31,8 +29,7 @@ from engine.records import messages as asked
 from engine.records.channel import Channel, new_hello
 from tests.chaos.relay import Link, Route, relays
 from tests.engine.cluster import free_ports
-
-SECRET = b"s" * 32
+from tests.engine.records.served import SECRET, serving, use
 
 
 def record(**changes: object) -> VolumeRecord:
@@ -47,21 +44,6 @@ def record(**changes: object) -> VolumeRecord:
         in_sync=("r1", "r2"),
     )
     return msgspec.structs.replace(base, **changes)
-
-
-@contextlib.asynccontextmanager
-async def serving(directory: Path) -> AsyncIterator[str]:
-    async with trio.open_nursery() as nursery:
-        serve = functools.partial(serve_records, directory, SECRET, Address.parse("tcp:127.0.0.1:0"))
-        address: Address = await nursery.start(serve)
-        yield str(address)
-        nursery.cancel_scope.cancel()
-
-
-async def use(work: Callable[[RecordsClient], None], directory: Path, secret: bytes = SECRET) -> None:
-    async with serving(directory) as address:
-        with RecordsClient(address, secret, timeout=2.0) as client:
-            await trio.to_thread.run_sync(work, client)
 
 
 async def test_a_record_is_kept_and_changed_by_whoever_has_seen_its_newest_version(tmp_path: Path) -> None:

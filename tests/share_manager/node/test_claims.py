@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import trio
 
-from engine.address import Address
 from engine.record import FileRecordStore, VolumeRecord, bump_epoch
-from engine.records import Lease, RecordsClient, serve_records
+from engine.records import Lease, RecordsClient
 from share_manager.cluster import new_record
 from share_manager.errors import FencedOffError
 from share_manager.share.records import ServedRecords
+from tests.engine.records.served import use
 
-SECRET = bytes(range(32))
 RECORD = new_record("vol1", "0a1b", 1 << 30, [("a", "tcp:192.0.2.1:7500"), ("b", "tcp:192.0.2.2:7500")])
-
-
-async def use(work: Callable[[RecordsClient], None], directory: Path) -> None:
-    async with trio.open_nursery() as nursery:
-        address: Address = await nursery.start(serve_records, directory, SECRET, Address.parse("tcp:127.0.0.1:0"))
-        with RecordsClient(str(address), SECRET, timeout=5.0) as client:
-            await trio.to_thread.run_sync(work, client)
-        nursery.cancel_scope.cancel()
 
 
 def served(client: RecordsClient, node: str) -> ServedRecords:
@@ -49,7 +38,7 @@ async def test_only_who_has_the_lease_claims(tmp_path: Path) -> None:
             served(client, "a").claim()
         assert client.read_record("vol1").epoch == 2
 
-    await use(work, tmp_path)
+    await use(work, tmp_path, timeout=5.0)
 
 
 async def test_who_takes_the_lease_while_another_claims_has_the_last_word(tmp_path: Path) -> None:
@@ -100,7 +89,7 @@ async def test_who_takes_the_lease_while_another_claims_has_the_last_word(tmp_pa
                 bump_epoch(Store(), check=check)
         other.close()
 
-    await use(work, tmp_path)
+    await use(work, tmp_path, timeout=5.0)
     assert len(taken) == 4
 
 

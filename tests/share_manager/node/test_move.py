@@ -10,7 +10,8 @@ from engine.records import Presence, RecordsClient
 from share_manager import cluster
 from share_manager.errors import MoveFailedError, UsageError
 from share_manager.events import ListSink, Reporter
-from tests.share_manager.node.test_claims import RECORD, use
+from tests.engine.records.served import use
+from tests.share_manager.node.test_claims import RECORD
 
 
 async def test_one_that_comes_up_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +31,7 @@ async def test_one_that_comes_up_is_waited_for(tmp_path: Path, monkeypatch: pyte
         assert len(waited) == 1
         assert client.read_lease("vol1")[0].wanted == "b"
 
-    await use(work, tmp_path)
+    await use(work, tmp_path, timeout=5.0)
 
 
 async def test_one_that_nobody_knows_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,4 +42,4 @@ async def test_one_that_nobody_knows_is_not_waited_for(tmp_path: Path, monkeypat
         with pytest.raises(UsageError, match=r"c does not stand by for volume vol1 \(there: b\)"):
             cluster.move(client, "vol1", "c", 5.0, Reporter(ListSink()))
 
-    await use(work, tmp_path)
+    await use(work, tmp_path, timeout=5.0)
