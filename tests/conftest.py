@@ -75,6 +75,11 @@ class _Workers:
             for seconds in values:
                 self._stalls.add(kind, seconds)
 
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        # a run that is ended from outside prints no summary
+        if report.failed:
+            print(f"\n{time.monotonic() - STARTED:7.1f}s  {report.when} failed: {report.nodeid}", flush=True)
+
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     output = getattr(session.config, "workeroutput", None)
