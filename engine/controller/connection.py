@@ -6,10 +6,12 @@ Driver calls (open, maps, marks) share the connection; their sequence numbers ha
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
+from typing import Protocol
 
 import trio
 
@@ -65,6 +67,14 @@ class _Call:
         self.answer: Frame | None = None
 
 
+class Watch(Protocol):
+    """See engine/controller/watch.py."""
+
+    def ping(self, seq: int, header: bytes) -> bool: ...
+    async def confirm(self) -> None: ...
+    def close(self) -> None: ...
+
+
 class ReplicaConnection:
     """One authenticated connection. `bit` is the replica's place in the core's masks, `origin` what it is linked to."""
 
@@ -78,6 +88,8 @@ class ReplicaConnection:
         # what it is opened with
         self.token = (0, 0)
         self.origin = ""
+        # another one, on which the replica answers while its disk keeps it waiting
+        self.watch: Watch | None = None
         self.closed = False
         self.scope = trio.CancelScope()
         self.before_close: Callable[[], None] = _nothing
@@ -115,11 +127,11 @@ class ReplicaConnection:
     async def _handshake(self, key: bytes) -> None:
         ours = handshake.new_nonce()
         hello = messages.Hello(version_min=messages.VERSION_MIN, version_max=messages.VERSION_MAX, nonce=ours)
-        reply = messages.decode(await self._exchange(FrameType.HELLO, messages.encode(hello)), messages.HelloReply)
+        reply = messages.decode(await self.exchange(FrameType.HELLO, messages.encode(hello)), messages.HelloReply)
         if not messages.VERSION_MIN <= reply.version <= messages.VERSION_MAX:
             raise VersionError((messages.VERSION_MIN, messages.VERSION_MAX), (reply.version, reply.version))
         proof = handshake.proof(key, "client", reply.version, ours, reply.nonce)
-        body = await self._exchange(FrameType.AUTH, messages.encode(messages.Auth(proof=proof)))
+        body = await self.exchange(FrameType.AUTH, messages.encode(messages.Auth(proof=proof)))
         answer = messages.decode(body, messages.AuthReply)
         expected = handshake.proof(key, "replica", reply.version, ours, reply.nonce)
         handshake.check_proof(answer.proof, expected, f"the server at replica {self.name}'s address")
@@ -128,7 +140,11 @@ class ReplicaConnection:
         self.instance = answer.instance
         self.version = reply.version
 
-    async def _exchange(self, kind: FrameType, payload: bytes) -> bytes:
+    async def exchange(self, kind: FrameType, payload: bytes) -> bytes:
+        """One request and the body of its answer, while nobody else receives. Has no deadline.
+
+        Raises OSError, ReplicaUnreachableError, ReplicaRefusedError, ProtocolError.
+        """
         tsock = trio.socket.from_stdlib_socket(self.sock)
         await tsock.send(encode_frame(kind, 0, payload))
         while True:
@@ -236,6 +252,14 @@ class ReplicaConnection:
             raise ReplicaRefusedError(self.name, kind, status, body)
         return call.answer
 
+    async def confirm(self) -> None:
+        """Have the replica say that it has seen no higher token. Raises FencedError and what `call` raises."""
+        if self.watch is not None:
+            with contextlib.suppress(ReplicaUnreachableError):
+                await self.watch.confirm()
+                return
+        await self.call(FrameType.CONFIRM)
+
     def fenced(self, body: bytes) -> FencedError:
         """What a STALE_EPOCH says. Raises ProtocolError for one that names no higher token than ours."""
         highest = messages.decode_token(body)
@@ -261,3 +285,5 @@ class ReplicaConnection:
         self.sock.close()
         for call in self._calls.values():
             call.done.set()
+        if self.watch is not None:
+            self.watch.close()

@@ -1096,11 +1096,19 @@ class Core:
         self.clock += elapsed
         self._allowance = min(self._allowance + self.copy_rate * elapsed, self.copy_rate * _BURST)
         late: dict[int, str] = {}
+        # a disk that is slow to flush holds up what is behind the flush, too; a ping tells whether anybody is there
+        flushing = 0
         for request in self.inflight.values():
-            limit = self.flush_timeout if request.op == FLUSH else self.request_timeout
-            if self.clock - request.started > limit:
-                for name in self.members(request.wait & self.fanout):
-                    late[self.bit(name)] = f"did not answer within {limit:g} s"
+            if request.op == FLUSH:
+                flushing |= request.wait
+        for request in self.inflight.values():
+            waited = self.clock - request.started
+            if waited > self.request_timeout:
+                wait = request.wait & self.fanout
+                if request.op != PING and waited <= self.flush_timeout:
+                    wait &= ~flushing
+                for name in self.members(wait):
+                    late[self.bit(name)] = f"did not answer within {waited:.1f} s"
         for bit, reason in late.items():
             self.lost(bit, reason)
         if self.stopped:

@@ -40,6 +40,7 @@ from engine.controller.purge import Purger
 from engine.controller.rebuild import Filling, Rebuild, figures, rest_after
 from engine.controller.right import RightKeeper
 from engine.controller.stats import Health, Operation
+from engine.controller.watch import keep_watch
 from engine.errors import (
     BusyError,
     EngineError,
@@ -273,6 +274,9 @@ class Controller:
             body = payload if type(payload) in _DATA else _body(op, payload)
             crc = crc32c(body) if body else 0
             header = encode_header(op, 0, seq, offset, length, len(body), crc)
+            if op == decide.PING:
+                self._ping(mask, seq, header, touched)
+                continue
             if mask != destination:
                 self._queue(destination, joined, touched)
                 joined, destination = [], mask
@@ -296,6 +300,12 @@ class Controller:
             data = b"".join(pieces)
             for connection in self._routes.get(mask) or self._route(mask):
                 connection.queue(data)
+                touched[connection] = None
+
+    def _ping(self, mask: int, seq: int, header: bytes, touched: dict[ReplicaConnection, None]) -> None:
+        for connection in self._route(mask):
+            if connection.watch is None or not connection.watch.ping(seq, header):
+                connection.queue(header)
                 touched[connection] = None
 
     def _pulse(self) -> None:
@@ -423,6 +433,11 @@ class Controller:
             self.core.damaged(connection.bit, seq, offset, length, snapshot=snapshot)
         else:
             self.core.answered(connection.bit, seq, status, payload)
+
+    def pong(self, connection: ReplicaConnection, seq: int) -> None:
+        """A ping was answered, on whatever way."""
+        self.core.answered(connection.bit, seq, Status.OK)
+        self._drain()
 
     async def _tick(self) -> None:
         last = trio.current_time()
@@ -642,6 +657,8 @@ class Controller:
             connection.close()
             raise ReplicaUnreachableError(name, f"its maps have regions of {reply.region_size} bytes")
         connection.origin = reply.origin
+        if reply.watch:
+            self._nursery.start_soon(keep_watch, connection, address, self._key, self.pong)
         return connection, reply
 
     async def _open_members(self) -> None:

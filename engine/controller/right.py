@@ -21,7 +21,6 @@ import trio
 
 from engine.client import RightNews
 from engine.errors import EngineError, FencedError
-from engine.wire.frame import FrameType
 
 if TYPE_CHECKING:
     from engine.controller.connection import ReplicaConnection
@@ -119,7 +118,7 @@ class RightKeeper:
     async def _ask(self, connection: ReplicaConnection) -> None:
         asked = time.monotonic()
         try:
-            await connection.call(FrameType.CONFIRM)
+            await connection.confirm()
         except FencedError as error:
             self._controller.fenced(error)
             return

@@ -7,6 +7,7 @@ past the page cache is answered by `Direct` when it has completed.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import select
 import socket
@@ -19,6 +20,7 @@ from crc32c import crc32c
 
 from engine.errors import AuthenticationError, CorruptBlockError, ProtocolError, VersionError
 from engine.poller import BUDGET, LINGER
+from engine.replica.watch import Confirm, Watch
 from engine.store.snapshots import snapshot_name
 from engine.wire import messages
 from engine.wire.frame import (
@@ -47,7 +49,7 @@ IOV_MAX = 1024
 
 READ, WRITE, FLUSH, UNMAP = int(FrameType.READ), int(FrameType.WRITE), int(FrameType.FLUSH), int(FrameType.UNMAP)
 PING, SETTLED, BITMAP = int(FrameType.PING), int(FrameType.SETTLED), int(FrameType.BITMAP)
-CONFIRM = int(FrameType.CONFIRM)
+CONFIRM, WATCH = int(FrameType.CONFIRM), int(FrameType.WATCH)
 WRITE_LAYER = int(FrameType.WRITE_LAYER)
 HELLO, AUTH = int(FrameType.HELLO), int(FrameType.AUTH)
 # answered after work of their own; the frames behind them on the connection wait
@@ -65,6 +67,7 @@ CONTROL = frozenset(
             FrameType.REMOVE_SNAPSHOT,
             FrameType.BEGIN_REBUILD,
             FrameType.RESIZE,
+            FrameType.WATCH,
         ),
     )
 )
@@ -82,7 +85,7 @@ BACKGROUND = RANGED | frozenset(
         ),
     )
 )
-WITHOUT_OPEN = frozenset(map(int, (FrameType.OPEN, FrameType.STATUS, FrameType.PING)))
+WITHOUT_OPEN = frozenset(map(int, (FrameType.OPEN, FrameType.STATUS, FrameType.PING, FrameType.WATCH)))
 DATA = frozenset((READ, WRITE, FLUSH, UNMAP, SETTLED, BITMAP, CONFIRM))
 
 
@@ -141,6 +144,15 @@ class Connection:
 
     def close(self) -> None:
         self._scope.cancel()
+
+    async def watch(self, confirm: Confirm) -> None:
+        """Be a watch, from here to the end of the connection."""
+        watch = Watch(self._sock.dup(), self.peer, confirm)
+        try:
+            await trio.to_thread.run_sync(watch.run, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
+        finally:
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
 
     async def drained(self) -> None:
         """Wait until everything replied so far is with the kernel."""
@@ -240,6 +252,11 @@ class Connection:
                 finally:
                     self.server.submit()
                 if at < count and frames[at][0] in CONTROL and self._unsent <= MAX_UNSENT:
+                    if frames[at][0] == WATCH:
+                        if at + 1 < count or self._reader.partial:
+                            raise ProtocolError("a frame behind a watch that is not answered yet")
+                        await self.server.watch(self, frames[at])
+                        return
                     await self.server.control(self, frames[at])
                     at += 1
                 self.send()

@@ -22,8 +22,8 @@ class Confirmations:
         self._epoch, self._last = epoch, now
 
     def confirmed(self, now: float) -> None:
-        """To the engine that opened last."""
-        self._last = now
+        """To the engine that opened last. Times may come in any order."""
+        self._last = now if self._last is None else max(self._last, now)
 
     def closed(self) -> None:
         """That engine left in order: nobody serves by its epoch any more."""

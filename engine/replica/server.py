@@ -12,6 +12,7 @@ import errno
 import os
 import signal
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -71,6 +72,9 @@ class Server:
         self.owner: Connection | None = None
         self.token = store.token
         self.confirmations = Confirmations(time.monotonic(), store.token[0], closed=not store.meta.dirty)
+        # a watch's thread looks at token, owner and confirmations under it, and this thread changes them under it
+        self._guard = threading.Lock()
+        self._watched: Connection | None = None
         self.failed = ""
         self.counters = Counters()
         self.buffers = BufferPool(MAX_PAYLOAD)
@@ -234,14 +238,15 @@ class Server:
         if self.direct is not None:
             self.direct.submit()
         if self._flushes:
-            self._begin_sync()
-            if self._alone:
+            alone = self._alone
+            self._begin_sync(may_block=alone and self._watched is self.owner)
+            if alone:
                 self._synced(worth_waiting=True)
 
     @property
     def _alone(self) -> bool:
         """An engine has asked for a flush ahead: it waits for that, and has nothing else under way."""
-        return len(self._syncing) == 1 and bool(self._syncing[0][1][4]) and not self.busy
+        return len(self._flushes) == 1 and bool(self._flushes[0][1][4]) and not self._syncing and not self.busy
 
     def direct_progress(self) -> None:
         """Some requests are done, so there is room for others."""
@@ -251,7 +256,8 @@ class Server:
 
     def flush(self, connection: Connection, frame: Frame) -> None:
         """Answer once an fdatasync that starts after everything received before was applied is done."""
-        self.confirmations.confirmed(self.store.maps.regions.now)
+        with self._guard:
+            self.confirmations.confirmed(self.store.maps.regions.now)
         if self._gate.barrier((connection, frame)):
             return
         if self._ready:
@@ -261,10 +267,45 @@ class Server:
 
     def confirm(self, connection: Connection, seq: int) -> None:
         """Its owner asks whether there is a higher token: it would not be the owner then."""
-        self.confirmations.confirmed(time.monotonic())
+        with self._guard:
+            self.confirmations.confirmed(time.monotonic())
         connection.reply(FrameType.CONFIRM, 0, seq)
         # with a flush that was asked for ahead it would wait for the disk, and cost the replica its place
         connection.send(now=True)
+
+    async def watch(self, connection: Connection, frame: Frame) -> None:
+        """Answer a WATCH, and let the connection be one until it ends."""
+        kind, _, seq, _, _, payload = frame
+        wanted = messages.decode(payload, messages.Token)
+        connection.token = wanted.epoch, wanted.incarnation
+        owner = self.owner
+        if self.failed:
+            connection.reply(kind, Status.IO_ERROR, seq, payload=self.failed.encode())
+            return
+        if owner is None or owner.token != connection.token or self._watched is owner:
+            connection.refuse_unopened(frame)
+            return
+        connection.reply(kind, 0, seq)
+        connection.send(now=True)
+        await connection.drained()
+        self._watched = owner
+        try:
+            await connection.watch(lambda: self._confirm(owner))
+        finally:
+            if self._watched is owner:
+                self._watched = None
+
+    def _confirm(self, owner: Connection) -> tuple[int, bytes]:
+        """Runs in the thread of the owner's watch."""
+        with self._guard:
+            if self.failed:
+                return Status.IO_ERROR, self.failed.encode()
+            if self.owner is owner and owner.token == self.token:
+                self.confirmations.confirmed(time.monotonic())
+                return Status.OK, b""
+            if owner.token is not None and owner.token < self.token:
+                return Status.STALE_EPOCH, self.highest()
+            return Status.NOT_OPEN, b""
 
     def _flush_behind(self, connection: Connection, frame: Frame) -> None:
         if self.direct is None or not self.direct.barrier((connection, frame)):
@@ -329,10 +370,10 @@ class Server:
         for connection in touched:
             connection.send()
 
-    def _begin_sync(self) -> None:
+    def _begin_sync(self, *, may_block: bool = False) -> None:
         if not self._syncing and self._flushes and not self.failed:
             self._syncing, self._flushes = self._flushes, []
-            self._syncer.start()
+            self._syncer.start(may_block=may_block)
 
     def _synced(self, *, worth_waiting: bool = False) -> None:
         try:
@@ -448,7 +489,8 @@ class Server:
             return
         if token >= self.token:
             # from here on nothing of an older owner is applied or answered, even if the token cannot be persisted
-            self.token = token
+            with self._guard:
+                self.token = token
             self._depose(connection)
         async with self.whole():
             if self._stale(connection, frame, token):
@@ -464,9 +506,10 @@ class Server:
             maps = self.store.maps
             maps.regions.inherit()
             connection.token = token
-            self.owner = connection
             now = time.monotonic()
-            self.confirmations.opened(token[0], now)
+            with self._guard:
+                self.owner = connection
+                self.confirmations.opened(token[0], now)
             log.info("opened", peer=connection.peer, epoch=token[0], incarnation=token[1])
             answer = messages.OpenReply(
                 size=self.store.size,
@@ -477,6 +520,7 @@ class Server:
                 rebuild=self.store.rebuild is not None,
                 origin=self.store.origin.source if self.store.origin is not None else "",
                 older_age=self.confirmations.age(now),
+                watch=True,
             )
             connection.reply(kind, 0, seq, payload=messages.encode(answer))
 
@@ -493,7 +537,8 @@ class Server:
 
     def _depose(self, successor: Connection) -> None:
         """Discard what the owner has parked, and close it. Everything else of it is applied, or with the disk."""
-        old, self.owner = self.owner, None
+        with self._guard:
+            old, self.owner = self.owner, None
         for connection, frame in self._discard():
             connection.refuse_unopened(frame)
         self.changed.unpark_all()
@@ -566,10 +611,11 @@ class Server:
             # one whose right is kept stays marked: a restart of this process must not take it for ended
             if not maps.dirty_regions and not wanted.kept:
                 await trio.to_thread.run_sync(lambda: self.store.set_marks(dirty=False))
-            if self.owner is connection:
-                self.owner = None
-                if not wanted.kept:
-                    self.confirmations.closed()
+            with self._guard:
+                if self.owner is connection:
+                    self.owner = None
+                    if not wanted.kept:
+                        self.confirmations.closed()
             connection.token = None
         connection.reply(frame[0], 0, frame[2])
 

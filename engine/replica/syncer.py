@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Protocol
@@ -24,12 +25,13 @@ WAIT_NS = 1_000_000
 class Syncer(Protocol):
     """`start` begins one; when `eventfd` is readable, `finished` tells whether it has ended, and raises its OSError.
 
+    `may_block`: `start` may do all of it, and `finished` is to be called then whatever `eventfd` says.
     `worth_waiting`: nobody else needs this thread, so `finished` may wait a moment for the end.
     """
 
     eventfd: int
 
-    def start(self) -> None: ...
+    def start(self, *, may_block: bool = False) -> None: ...
     def finished(self, *, worth_waiting: bool = False) -> bool: ...
     def close(self) -> None: ...
 
@@ -43,12 +45,29 @@ class AioSyncer:
         self._ring = Ring(1, WAIT_NS)
         self.eventfd = self._ring.eventfd
         self._patience = Patience()
+        # a sync that `start` has done, and what it ended with
+        self._at_once = False
+        self._error: OSError | None = None
 
-    def start(self) -> None:
+    def start(self, *, may_block: bool = False) -> None:
+        if may_block and self._patience.worth():
+            began = time.monotonic_ns()
+            try:
+                os.fdatasync(self._store.head)
+            except OSError as error:
+                self._error = error
+            self._at_once = True
+            self._patience.found(time.monotonic_ns() - began < WAIT_NS)
+            return
         self._ring.prepare(0, FDSYNC, self._store.head, 0, 0, 0, 0)
         self._ring.submit()
 
     def finished(self, *, worth_waiting: bool = False) -> bool:
+        if self._at_once:
+            self._at_once = False
+            if self._error is not None:
+                raise self._error
+            return True
         if worth_waiting and not self._patience.worth():
             return False
         done = self._ring.completions(wait=worth_waiting)
@@ -83,7 +102,7 @@ class ThreadSyncer:
             self._results.put(error)
             os.eventfd_write(self.eventfd, 1)
 
-    def start(self) -> None:
+    def start(self, *, may_block: bool = False) -> None:
         self._wanted.put(True)
 
     def finished(self, *, worth_waiting: bool = False) -> bool:

@@ -64,6 +64,7 @@ class FrameType(IntEnum):
     MEND = 33
     PULL = 36
     CONFIRM = 40
+    WATCH = 41
 
 
 class Status(IntEnum):

@@ -56,7 +56,7 @@ class Open(Message, frozen=True, kw_only=True):
 
 
 class Token(Message, frozen=True, kw_only=True):
-    """Payload of a STALE_EPOCH answer: the highest token that the replica has seen."""
+    """Payload of a STALE_EPOCH answer: the highest token that the replica has seen. Of a WATCH: the owner's."""
 
     epoch: Counter
     incarnation: Counter
@@ -69,7 +69,7 @@ class OpenReply(Message, frozen=True, kw_only=True):
     `tracked` whose change maps it keeps, `rebuilding` whether its content is known to be incomplete, `rebuild` whether
     more is missing than maps can tell: it has to be filled. `origin`, for a clone that is not independent yet, is the
     "VOLUME@SNAPSHOT" whose data it shares. `older_age` is how many seconds ago, at least, it last confirmed an epoch
-    below this one; None when those have all ended in order.
+    below this one; None when those have all ended in order. `watch`: it knows WATCH.
     """
 
     size: int
@@ -80,6 +80,7 @@ class OpenReply(Message, frozen=True, kw_only=True):
     rebuild: bool = False
     origin: str = ""
     older_age: float | None = None
+    watch: bool = False
 
 
 class Close(Message, frozen=True, kw_only=True):

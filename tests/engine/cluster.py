@@ -112,7 +112,7 @@ class Cluster:
 
     @contextlib.asynccontextmanager
     async def attached(
-        self, request_timeout: float = 8.0, store: FileRecordStore | None = None
+        self, request_timeout: float = 8.0, store: FileRecordStore | None = None, right_lasts: float = 0.0
     ) -> AsyncIterator[Controller]:
         record = bump_epoch(self.store)
         controller = attach(
@@ -122,6 +122,7 @@ class Cluster:
             open_timeout=5.0,
             request_timeout=request_timeout,
             reconnect_interval=0.05,
+            right_lasts=right_lasts,
         )
         async with controller.running():
             yield controller

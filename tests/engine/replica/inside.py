@@ -14,6 +14,7 @@ from engine.address import Address
 from engine.replica import Server, listen
 from engine.replica.aio import Ring
 from engine.replica.direct import open_ring
+from engine.replica.syncer import AioSyncer
 from engine.store import IoMode, Store, create_replica
 from tests.engine.replica.client import KEY, UUID
 
@@ -97,12 +98,12 @@ class Disk:
 
 
 class Inside:
-    def __init__(self, store: Store, address: str) -> None:
+    def __init__(self, store: Store, address: str, *, aio: bool) -> None:
         self.store = store
         self.address = address
         ring = open_ring(store, "auto")
         self.disk = Disk(ring) if ring is not None else None
-        self.server = Server(store, KEY, self.disk)
+        self.server = Server(store, KEY, self.disk, AioSyncer(store) if aio else None)
         self.sync = Held(store.sync)
         store.sync = self.sync  # type: ignore[method-assign]
         self.map_syncs = 0
@@ -127,14 +128,17 @@ class Inside:
 
 
 @asynccontextmanager
-async def inside(base: Path) -> AsyncIterator[Inside]:
-    """Serve `base`/r1, made when it is not there, until the block ends or the server stops itself."""
+async def inside(base: Path, *, aio: bool = False) -> AsyncIterator[Inside]:
+    """Serve `base`/r1, made when it is not there, until the block ends or the server stops itself.
+
+    `aio`: with the syncs of the product, which pass `Inside.sync` by.
+    """
     directory = base / "r1"
     if not directory.exists():
         create_replica(directory, volume="vol1", uuid=UUID, replica="r1", size=SIZE)
     store = Store.open(directory, io_of(base))
     listener = listen(Address.parse(f"unix:{base}/inside.sock"))
-    running = Inside(store, str(listener.address))
+    running = Inside(store, str(listener.address), aio=aio)
     try:
         async with trio.open_nursery() as nursery:
 

@@ -34,7 +34,9 @@ async def test_what_is_written_is_read_back(replica: ReplicaProcess) -> None:
 async def test_open_tells_the_state_of_the_replica(tmp_path: Path) -> None:
     async with inside(tmp_path) as replica, connect(replica.address) as client:
         reply = messages.decode((await client.open(3, 2))[5], messages.OpenReply)
-        assert reply == messages.OpenReply(size=SIZE, region_size=MIB, dirty_regions=0, tracked=(), rebuilding=False)
+        assert reply == messages.OpenReply(
+            size=SIZE, region_size=MIB, dirty_regions=0, tracked=(), rebuilding=False, watch=True
+        )
         assert (replica.store.token, replica.store.meta.dirty) == ((3, 2), True)
         assert (await client.open(3, 2, uuid="another"))[1] == Status.WRONG_VOLUME
 
