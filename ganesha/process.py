@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import trio
 
-from ganesha import logs
+from ganesha import logs, wake
 from ganesha.children import Process, end, find_program, run_bus, spawn, spawn_tied
 from ganesha.config import Export, ServerConfig
 from ganesha.dbus import BUS_CONFIG, Control, NfsClient, ServerStats, bus_address, plain_address
@@ -20,11 +20,13 @@ from ganesha.logs import EventKind, LogEvent, LogTail
 from ganesha.reach import HERE, Reach
 from ganesha.recovery import ClientRecord, consolidate, list_records, make_durable
 from ganesha.render import render
+from ganesha.wake import waking
 
 STOP_TIMEOUT = 10.0
 _EVENTS = 1000
 _POLL = 0.1
 _READY_POLL = 0.02  # clients wait for it
+_GRACE_POLL = 0.25  # others wait for its end
 _SOCKET_PATH_MAX = 107  # unix(7): sun_path holds 108 bytes with its NUL
 _NULL_TIMEOUT = 2.0
 _RECORDS_TIMEOUT = 2.0
@@ -33,8 +35,8 @@ _RECORDS_TIMEOUT = 2.0
 class GraceState(msgspec.Struct, frozen=True, kw_only=True):
     """Whether a grace period is on, and then its latest end, in seconds since 1970.
 
-    `reclaimed` of `expected` recorded clients had finished when ganesha last looked (every half lease, at most 10 s);
-    NFSv4.0 clients never say that they have.
+    `reclaimed` of `expected` recorded clients had finished when ganesha last looked; NFSv4.0 clients never say that
+    they have.
     """
 
     active: bool
@@ -70,6 +72,8 @@ class Ganesha:
         self._start_log: list[LogEvent] = []
         self._initialized = False
         self._grace_until: float | None = None
+        self._in_grace = False
+        self._stopping = False
         self._reclaimed = (0, 0)
         self._filesystems: dict[str, uuid.UUID] = {}
         self._roots: dict[str, str] = {}
@@ -150,6 +154,7 @@ class Ganesha:
 
     def terminate(self) -> None:
         """SIGTERM, without waiting."""
+        self._stopping = True
         self._process.terminate()
 
     async def stop(self, timeout: float = STOP_TIMEOUT) -> None:
@@ -157,6 +162,7 @@ class Ganesha:
 
         Raises StopError when not even SIGKILL ends it in time, because it hangs on I/O.
         """
+        self._stopping = True
         await end(self._process, timeout)
 
     async def null_call(self, timeout: float = _NULL_TIMEOUT) -> None:
@@ -240,6 +246,14 @@ class Ganesha:
             self._read_log()
             await trio.sleep(_POLL)
 
+    async def _end_grace_early(self) -> None:
+        with waking(self._run_dir) as waker:
+            while not self._stopping:
+                # before that it has not read who may reclaim
+                if self._initialized and self._in_grace:
+                    waker.wake()
+                await trio.sleep(_GRACE_POLL)
+
     def _read_log(self) -> None:
         try:
             events = self._tail.read()
@@ -252,7 +266,12 @@ class Ganesha:
                 self._initialized = True
             elif event.kind is EventKind.GRACE_STARTED and event.grace_seconds is not None:
                 self._grace_until = event.time + event.grace_seconds
+                self._in_grace = True
+            elif event.kind is EventKind.GRACE_ENDED:
+                self._in_grace = False
             elif (reclaimed := event.reclaimed) is not None:
+                if reclaimed == self._reclaimed:
+                    continue
                 self._reclaimed = reclaimed
             elif (filesystem := event.filesystem) is not None:
                 mount, self._filesystems[mount] = filesystem
@@ -313,7 +332,11 @@ async def run_ganesha(
     bus_socket = run_dir / "bus.sock"
     # With the host's blkid cache ganesha would take the UUID that the device, such as /dev/loop0, had under its last
     # owner (measured), and handles would not survive a failover.
-    environment = {"DBUS_SYSTEM_BUS_ADDRESS": bus_address(bus_socket), "BLKID_FILE": str(run_dir / "blkid.tab")}
+    environment = {
+        "DBUS_SYSTEM_BUS_ADDRESS": bus_address(bus_socket),
+        "BLKID_FILE": str(run_dir / "blkid.tab"),
+        **wake.environment(run_dir, os.environ),
+    }
     async with run_bus(run_dir) as bus:
         if before_start is not None:
             await before_start()
@@ -327,6 +350,7 @@ async def run_ganesha(
             with _unwrapped():
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(ganesha._follow_log)
+                    nursery.start_soon(ganesha._end_grace_early)
                     try:
                         yield ganesha
                     finally:
@@ -373,6 +397,7 @@ def _prepare(config: ServerConfig, run_dir: Path) -> Path:
             (run_dir / name).unlink(missing_ok=True)
         bus = BUS_CONFIG.format(uid=os.getuid(), address=bus_address(run_dir / "bus.sock"))
         (run_dir / "bus.conf").write_text(bus)
+        wake.make(run_dir)
         return write_config(config, run_dir)
     except OSError as error:
         raise StartError(f"cannot prepare {run_dir}: {error.strerror}") from error

@@ -266,6 +266,32 @@ async def test_clients_reclaim_after_any_number_of_restarts(make_config: MakeCon
         await other.open(await other.lookup("/vol1"), "file", owner=b"later")
 
 
+async def test_in_grace_it_looks_often_for_clients_that_are_back(
+    make_config: MakeConfig, run: Run, tmp_path: Path
+) -> None:
+    config = make_config(lease_lifetime=20, grace_period=30)  # by itself it looks every 10 s
+    async with run(config, 1), nfs_client(config.port) as client:
+        await client.set_client_id(b"one")
+    async with run(config, 2) as server:
+        with trio.fail_after(8):
+            while looks(tmp_path) < 8:
+                await trio.sleep(0.05)
+        # what is the same is told once
+        progress = 0
+        with trio.move_on_after(1):
+            async for event in server.events:
+                progress += event.kind is EventKind.RECLAIM_PROGRESS
+        assert progress == 1
+        assert (await server.grace()).active
+    async with run(config, 3) as server:
+        await server.stop()
+        assert server.returncode == 0
+
+
+def looks(tmp_path: Path) -> int:
+    return (tmp_path / "run" / "ganesha.log").read_text().count("check grace:reclaim complete")
+
+
 @pytest.mark.parametrize("name", [b"plain", b"(1:x)", b"with/slash", b"\x01\xff", b"x" * 600])
 async def test_records_are_read_and_pruned_as_ganesha_writes_them(
     make_config: MakeConfig, run: Run, name: bytes
