@@ -71,23 +71,33 @@ async def step(volume: Controller) -> None:
 async def test_a_disk_that_stalls_costs_neither_the_right_nor_the_replica(two: Cluster, tmp_path: Path) -> None:
     stall = tmp_path / "stall"
     async with settled(two, request_timeout=1.0) as volume:
-        stall.touch()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(step, volume)
-            # it does nothing else
-            with trio.move_on_after(0.5) as waited:
-                await two.status("r1")
-            assert waited.cancelled_caught
-            # for longer than the right lasts, and a ping may take
-            for _ in range(40):
-                await trio.sleep(0.1)
-                assert volume.right.right.until > time.monotonic()
-            assert volume.record.in_sync == ("r1", "r2")
-            stall.unlink()
+        for _ in range(20):
+            stall.touch()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(step, volume)
+                # it does nothing else, unless the disk was slow lately
+                with trio.move_on_after(0.5) as waited:
+                    await two.status("r1")
+                if not waited.cancelled_caught:
+                    stall.unlink()
+                    continue
+                await still_trusted(volume)
+                stall.unlink()
+            break
+        else:
+            pytest.fail("no flush was synced in place")
         assert volume.record.in_sync == ("r1", "r2")
         assert volume.core.reason("r1") == ""
     two.stop()
     two.assert_identical()
+
+
+async def still_trusted(volume: Controller) -> None:
+    """For longer than the right lasts, and a ping may take."""
+    for _ in range(40):
+        await trio.sleep(0.1)
+        assert volume.right.right.until > time.monotonic()
+    assert volume.record.in_sync == ("r1", "r2")
 
 
 async def test_a_process_that_stands_still_is_left_after_a_ping(two: Cluster) -> None:

@@ -78,7 +78,7 @@ async def test_without_an_open_only_harmless_requests_are_served(tmp_path: Path)
         assert (await client.call(FrameType.PING))[1] == Status.OK
         assert (await client.status()).replica == "r1"
         for kind in set(FrameType) - {
-            FrameType.HELLO, FrameType.AUTH, FrameType.PING, FrameType.STATUS, FrameType.OPEN,
+            FrameType.HELLO, FrameType.AUTH, FrameType.PING, FrameType.STATUS, FrameType.OPEN, FrameType.WATCH,
         }:  # fmt: skip
             payload = {
                 FrameType.TRACK: messages.encode(messages.Track(names=())),
