@@ -8,6 +8,7 @@ loaded everything, for the moment that it does.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -55,6 +56,8 @@ from share_manager.share.status import FailoverInfo, NodeInfo
 from share_manager.share.warm import WarmEngine, warm_up
 
 ANNOUNCE_EVERY = 1.0
+# clients connect then, and nobody else knows of them yet
+ANNOUNCE_SOON, SOON = 0.2, 10.0
 RELEASE_PATIENCE = 3.0
 ADDRESS_LIFETIME = 3
 ADDRESS_EVERY = 0.5
@@ -138,7 +141,7 @@ class NodeHome:
         self._key = b""
         self._peer = ""
         self._peers: dict[str, str] = {}
-        self._exported = False
+        self._exported, self._exported_at = False, -math.inf
         self._clients: tuple[str, ...] = ()
         self._unformatted = False
         self._door = Door(paths.volume, options.port, None)
@@ -349,7 +352,7 @@ class NodeHome:
         handover = self.handover
         taken = handover.role is Role.TAKING
         handover.ready(epoch, trio.current_time(), time.time())
-        self._exported = True
+        self._exported, self._exported_at = True, trio.current_time()
         if self._options.address is not None:
             with contextlib.suppress(FloatingAddressError, OSError):
                 self._hold(self._options.address)
@@ -467,7 +470,8 @@ class NodeHome:
                 handover.others = any(
                     one.node != self._options.node and one.state == "standby" and one.age < PRESENT for one in there
                 )
-            with trio.move_on_after(ANNOUNCE_EVERY):
+            soon = self._exported and trio.current_time() - self._exported_at < SOON
+            with trio.move_on_after(ANNOUNCE_SOON if soon else ANNOUNCE_EVERY):
                 await self._changed.wait()
             self._changed = trio.Event()
 
@@ -485,16 +489,18 @@ class NodeHome:
 
     async def _tickle(self, before: str) -> None:
         """Have the clients of the node that served before connect to this one; after a repair those of its own, whose
-        connections ended in silence."""
+        connections ended in silence.
+
+        Those of nodes that served earlier, too: one that served for a moment only may not have told whom it met, and a
+        client keeps its port. Without a word it would wait for the answer of a server that is gone for a minute.
+        """
         names = set(self._clients)
         if before != self._options.node:
-            try:
+            with contextlib.suppress(RecordError):
                 there = await trio.to_thread.run_sync(
                     self._present.presences, self._paths.volume, abandon_on_cancel=True
                 )
-            except RecordError:
-                return
-            names = {name for one in there if one.node == before for name in one.connections}
+                names |= {name for one in there for name in one.connections}
         for pause in TICKLE_AFTER:
             await trio.sleep(pause)
             if not self._exported:

@@ -59,7 +59,8 @@ def counting(fire: Fire, one: Guest, two: Guest) -> Iterator[Counted]:
     outcomes = [job.result() for job in jobs]
     fire.progress(f"counted {[outcome['added'] for outcome in outcomes]}")
     assert [outcome["errors"] for outcome in outcomes] == [[], []]
-    assert all(outcome["added"] > 10 for outcome in outcomes)
+    # a client that was refused a lock asks again after up to 30 s
+    assert all(outcome["added"] > 2 for outcome in outcomes)
     counted.total = sum(outcome["added"] for outcome in outcomes)
     assert int(two.call(names.read_text, path=f"{fire.there}/counter")) == counted.total
 
