@@ -152,7 +152,11 @@ async def survey(client: Client) -> list[Adoptable]:
         if uuid in recorded and _name(found, uuid) in taken:
             continue
         try:
-            told.append(plan(uuid, found, addresses).adoptable)
+            one = plan(uuid, found, addresses).adoptable
+            if one.volume in taken:
+                doubts = (*one.doubts, f"there is another volume {one.volume} now")
+                one = msgspec.structs.replace(one, doubts=doubts)
+            told.append(one)
         except AdoptionError as error:
             here = [one.orphan for one in found if one.orphan.uuid == uuid]
             told.append(

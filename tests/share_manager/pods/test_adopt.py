@@ -190,7 +190,8 @@ async def test_against_an_api_server(kube: Client, tmp_path: Path) -> None:
     assert (await kube.get(Volume, "v")).spec.filesystem == "xfs"
     with pytest.raises(VolumeExistsError):
         await adopt(kube, "v", uuid=UUID)
-    assert await survey(kube) == []
+    (other,) = await survey(kube)
+    assert (other.uuid, other.doubts) == (OTHER, ("there is another volume v now",))
     # the record alone is gone
     volume = await kube.get(Volume, "v")
     await kube.update_status(
