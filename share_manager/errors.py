@@ -599,6 +599,16 @@ class SalvageRefusedError(StorageError):
         return f"volume {self.volume} is left as it is: {self.reason}"
 
 
+class AdoptionError(ConflictError):
+    def __init__(self, volume: str, reason: str) -> None:
+        super().__init__(volume, reason)
+        self.volume = volume
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"volume {self.volume} is not adopted: {self.reason}"
+
+
 class FencedOffError(ConflictError):
     """Another attachment has taken the volume."""
 

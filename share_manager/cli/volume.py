@@ -12,6 +12,7 @@ from cyclopts import App, Parameter
 from engine.errors import EngineError
 from engine.store import ReplicaInfo, inspect_replica
 from share_manager import units
+from share_manager.cli.adopt import adopt
 from share_manager.cli.clone import clone, flatten
 from share_manager.cli.common import (
     DEFAULT_DATA_DIR,
@@ -48,8 +49,10 @@ from share_manager.volumes import (
     volume_lock,
 )
 
-app = App(name="volume", help="List, show, clone, resize, trim, import, salvage, scrub, re-key and delete volumes.")
-for command in (clone, flatten, passphrase, salvage, scrub):
+app = App(
+    name="volume", help="List, show, clone, resize, trim, import, adopt, salvage, scrub, re-key and delete volumes."
+)
+for command in (adopt, clone, flatten, passphrase, salvage, scrub):
     app.command(command)
 app.command(header)
 

@@ -97,7 +97,10 @@ def _begin(seen: VolumeSeen) -> list[Action]:
         used = {one.spec.replica for one in seen.replicas}
         free = (name for name in names if name not in used)
         return [
-            Create(kind=Replica, body=_replica(volume, next(free), where.node, where.disk, where.port))
+            Create(
+                kind=Replica,
+                body=_replica(volume, next(free), where.node, where.disk, where.port, uuid=volume.metadata.uid),
+            )
             for where in found.places
         ]
     addresses = {node.name: node.status.replica_address for node in seen.nodes}
@@ -133,7 +136,7 @@ def _begin(seen: VolumeSeen) -> list[Action]:
     ]
 
 
-def _replica(volume: Volume, name: str, node: str, disk: str, port: int) -> dict[str, Any]:
+def _replica(volume: Volume, name: str, node: str, disk: str, port: int, *, uuid: str) -> dict[str, Any]:
     return {
         "metadata": {
             "name": f"{volume.name}-{name}",
@@ -147,7 +150,7 @@ def _replica(volume: Volume, name: str, node: str, disk: str, port: int) -> dict
             "disk": disk,
             "port": port,
             "size": volume.spec.size,
-            "volumeUuid": volume.metadata.uid,
+            "volumeUuid": uuid,
         },
     }
 
@@ -158,7 +161,9 @@ def _keep_replicas(seen: VolumeSeen, record: VolumeRecord) -> list[Action]:
     return [
         Create(
             kind=Replica,
-            body=_replica(seen.volume, one.name, one.node, "default", int(one.address.rpartition(":")[2])),
+            body=_replica(
+                seen.volume, one.name, one.node, "default", int(one.address.rpartition(":")[2]), uuid=record.spec.uuid
+            ),
         )
         for one in record.spec.replicas
         if one.name not in there
@@ -215,8 +220,8 @@ def _status(seen: VolumeSeen) -> list[Action]:
 
     if record is None and before.size:
         message = (
-            f"there is no VolumeRecord {volume.name} any more, so nobody knows which replicas hold all of it. Put back "
-            "the one that there was, with the epoch that it had or a higher one."
+            f"there is no VolumeRecord {volume.name} any more, so nobody knows which replicas hold all of it. "
+            f"`share-manager volume adopt {volume.name}` makes it anew, from the copies beside the replicas."
         )
         tell("Healthy", False, "RecordLost", message)
         lost = msgspec.structs.replace(before, state="faulted", robustness="faulted", conditions=conditions)

@@ -387,6 +387,20 @@ class DiskStatus(Model, frozen=True, kw_only=True):
     problem: Annotated[str, Meta(max_length=1024, description="Why it cannot be used; empty: it can.")] = ""
 
 
+class OrphanedReplica(Model, frozen=True, kw_only=True):
+    """A replica on a node's disk without a Replica, or a VolumeRecord: `share-manager volume adopt` brings its volume
+    back."""
+
+    volume: Annotated[str, Meta(max_length=253, description="Name that its Volume had.")]
+    uuid: Annotated[str, Meta(max_length=64, description="The volume's uuid.")]
+    replica: Annotated[str, Meta(max_length=10, description="Its name in the volume's record.")]
+    directory: Annotated[str, Meta(max_length=4096, description="Below the data directory of the node.")]
+    size: Annotated[int, Meta(ge=0, description="Bytes of the volume.")] = 0
+    epoch: Annotated[int, Meta(ge=0, description="Highest that it has seen.")] = 0
+    rebuilding: Annotated[bool, Meta(description="It is known to be incomplete.")] = False
+    copy: Annotated[str, Meta(max_length=32768, description="Of the volume and its record, as JSON.")] = ""
+
+
 class StorageNodeStatus(Model, frozen=True, kw_only=True):
     addresses: Annotated[
         tuple[Annotated[str, Meta(max_length=64)], ...],
@@ -396,6 +410,10 @@ class StorageNodeStatus(Model, frozen=True, kw_only=True):
         str, Meta(max_length=300, description="host:port at which its replicas are served; empty: not served.")
     ] = ""
     disks: Annotated[dict[str, DiskStatus], Meta(description="By name.")] = msgspec.field(default_factory=dict)
+    orphans: Annotated[
+        tuple[OrphanedReplica, ...],
+        Meta(max_length=128, description="Replicas on its disks without a Replica, or without a record."),
+    ] = ()
     observed_generation: Generation = 0
     conditions: Conditions = ()
 

@@ -43,11 +43,13 @@ from share_manager.kube.resources import (
     ReplicaStatus,
     StorageNode,
     StorageNodeSpec,
+    Volume,
     VolumeRecord,
     node_lease,
 )
 from share_manager.node.addresses import of_this_host
 from share_manager.node.host import ReplicaHost, ReplicaState
+from share_manager.pods.orphans import ObjectsCopy, copy_of, find_orphans, keep
 
 log = structlog.get_logger()
 
@@ -94,6 +96,10 @@ class Agent:
         self._options = options
         self._records = Informer(client, VolumeRecord)
         self._replicas = Informer(client, Replica)
+        self._volumes = Informer(client, Volume)
+        self._kept: dict[Path, ObjectsCopy] = {}
+        self._claims: frozenset[tuple[str, str]] = frozenset()
+        self._claims_changed = trio.Event()
         source = RecordsOfTheNode(self._records, self._replicas)
         self.host = ReplicaHost(options.node, options.data_dir, source, options.cluster_secret, report)
 
@@ -102,6 +108,7 @@ class Agent:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._records.run)
             nursery.start_soon(self._replicas.run)
+            nursery.start_soon(self._volumes.run)
             nursery.start_soon(self._beat)
             nursery.start_soon(self._tell_node)
             nursery.start_soon(self._tell_replicas)
@@ -132,7 +139,9 @@ class Agent:
                 log.warning("node not told of", reason=str(error))
                 await trio.sleep(1.0)
                 continue
-            await trio.sleep(DISKS_EVERY)
+            with trio.move_on_after(DISKS_EVERY):
+                await self._claims_changed.wait()
+            self._claims_changed = trio.Event()
 
     async def _register(self) -> None:
         name = self._options.node
@@ -144,11 +153,15 @@ class Agent:
                 await self._client.create(new)
             found = await self._client.get(StorageNode, name)
         disk = await trio.to_thread.run_sync(look_at_disk, self._options.data_dir)
+        await self._replicas.synced.wait()
+        await self._records.synced.wait()
+        orphans = await trio.to_thread.run_sync(find_orphans, self._options.data_dir, self._claimed())
         status = msgspec.structs.replace(
             found.status,
             addresses=await addresses(),
             replica_address=self._options.address,
             disks={DISK: disk},
+            orphans=orphans,
             observed_generation=found.metadata.generation,
         )
         # not the conditions, which are the controller's
@@ -156,15 +169,27 @@ class Agent:
             "addresses": list(status.addresses),
             "replicaAddress": status.replica_address,
             "disks": {name: msgspec.to_builtins(one) for name, one in status.disks.items()},
+            "orphans": msgspec.to_builtins(status.orphans),
         }
         if status != found.status:
             await self._client.patch(StorageNode, name, {"status": body}, subresource="status")
+
+    def _claimed(self) -> frozenset[tuple[str, str]]:
+        """Uuid of the volume and name, of replicas that an object and a record know."""
+        return frozenset(
+            (one.spec.volume_uuid, one.spec.replica)
+            for one in self._replicas.store.all()
+            if self._record(one) is not None
+        )
 
     async def _tell_replicas(self) -> None:
         await self._replicas.synced.wait()
         await self._records.synced.wait()
         while True:
             states = self.host.states()
+            if (claims := self._claimed()) != self._claims:
+                self._claims = claims
+                self._claims_changed.set()
             for one in self._replicas.store.all():
                 if one.spec.node != self._options.node:
                     continue
@@ -182,8 +207,26 @@ class Agent:
             if state is None and FINALIZER in one.metadata.finalizers:
                 await self._let_go(one)
             return
-        status = replica_status(one, self._record(one), state, now=seconds_timestamp())
+        record = self._record(one)
+        if record is not None and state is not None and state.listening:
+            await self._keep_copy(one, record)
+        status = replica_status(one, record, state, now=seconds_timestamp())
         await self._client.update_status(one, msgspec.structs.replace(one, status=status))
+
+    async def _keep_copy(self, one: Replica, record: VolumeRecord) -> None:
+        volume = self._volumes.store.get(record.key)
+        directory = next((each.directory for each in record.spec.replicas if each.name == one.spec.replica), "")
+        if volume is None or not directory:
+            return
+        place, copy = self._options.data_dir / directory, copy_of(volume, record)
+        if self._kept.get(place) == copy:
+            return
+        try:
+            await trio.to_thread.run_sync(keep, place, copy)
+        except OSError as error:
+            log.warning("no copy of its objects is kept", replica=one.name, reason=str(error))
+        # a full disk is not tried again at every look
+        self._kept[place] = copy
 
     def _record(self, one: Replica) -> VolumeRecord | None:
         return self._records.store.get(f"{one.metadata.namespace}/{one.spec.volume}")

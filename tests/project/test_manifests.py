@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
+from share_manager.controllers.pod import PodOptions, share_pod_body
+from share_manager.kube.meta import ObjectMeta
+from share_manager.kube.resources import ShareManager, ShareManagerSpec, Volume, VolumeSpec
 from tests.lab.control_plane import ControlPlane
 from tests.project.common import ROOT
 
@@ -67,6 +71,27 @@ def test_all_images_are_one() -> None:
     ours = {line.split()[-1] for line in text.splitlines() if "image: share-manager" in line}
     assert ours == {"share-manager:latest"}
     assert "--image, share-manager:latest" in text
+
+
+def share_pod() -> dict[str, Any]:
+    volume = Volume(metadata=ObjectMeta(name="vol1"), spec=VolumeSpec(size=1 << 30, encrypted=True))
+    meta = ObjectMeta(name="vol1", uid="0e1f6c6e-0000-4000-8000-000000000001")
+    share = ShareManager(metadata=meta, spec=ShareManagerSpec(passphrase_secret="vol1-passphrase"))
+    options = PodOptions(priority_class="system-cluster-critical")
+    body = share_pod_body(
+        share, volume, instance="abcde", options=options, avoid=("n1", "n2"), node="n3", near=("n3", "n4")
+    )
+    return {"apiVersion": "v1", "kind": "Pod", **body}
+
+
+@pytest.mark.parametrize("version", ["1.28", kubernetes_validate.latest_version()])
+def test_the_oldest_and_the_newest_release_know_every_field(version: str) -> None:
+    for one in [*everything(), *documents(DEPLOY / "examples/three-writers.yaml"), share_pod()]:
+        kubernetes_validate.validate(one, version, strict=True)
+    unknown = share_pod()
+    unknown["spec"]["containers"][0]["livenessProb"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(unknown, version, strict=True)
 
 
 @pytest.mark.system

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from tests.lab.guest import Guest
 from tests.lab.kube_cluster import KubeCluster
 from tests.lab.mounts import Export, mounted
 from tests.lab.network import Lab
+from tests.lab.nodes import PROGRAM
 from tests.lab.stalls import Stalls, worst_after
 from tests.lab.workloads import appender
 
@@ -57,6 +59,22 @@ def serve(cluster: KubeCluster, guest: Guest) -> Export:
 
 def node_of(cluster: KubeCluster, status: Any) -> str:
     return next(name for name, node in cluster.nodes.items() if node.name == status["node"])
+
+
+def adopt(cluster: KubeCluster) -> None:
+    command = [PROGRAM, "volume", "adopt"]
+    where = ["--kubeconfig", str(cluster.plane.kubeconfig()), "--namespace", cluster.namespace, "--output", "json"]
+
+    def listed() -> Any:
+        found = json.loads(subprocess.check_output([*command, *where]))
+        return found if found and found[0]["present"] == ["r1", "r2"] else None
+
+    (found,) = cluster.wait(listed, "told of by its nodes")
+    assert (found["volume"], found["in_sync"], found["doubts"]) == (VOLUME, ["r1", "r2"], [])
+    subprocess.run([*command, VOLUME, *where], check=True)
+    again = subprocess.run([*command, VOLUME, *where], check=False, capture_output=True, text=True)
+    assert again.returncode == 4
+    assert "there is a volume vol1 already" in again.stderr
 
 
 def test_a_share_goes_on_whatever_dies(
@@ -115,6 +133,15 @@ def test_a_share_goes_on_whatever_dies(
         assert outcome["errors"] == []
         assert one.call(appender.verify, path=f"{place}/log", acknowledged=outcome["acknowledged"]) == []
         assert "lost" not in one.kernel_log()
+    # deleted without a word about its data, and brought back
+    cluster.call("DELETE", cluster.of("volumes", VOLUME))
+    cluster.wait(lambda: cluster.find(cluster.of("volumes", VOLUME)) is None, "gone")
+    adopt(cluster)
+    cluster.wait_state(VOLUME, "stopped")
+    cluster.merge(cluster.of("sharemanagers", VOLUME), {"spec": {"attachments": {"client": {}}}})
+    address = cluster.wait_state(VOLUME, "running")["endpoint"].removeprefix("nfs://").partition("/")[0]
+    with mounted(one, Export(address, 2049, f"/{VOLUME}"), options="noresvport") as place:
+        assert one.call(appender.verify, path=f"{place}/log", acknowledged=outcome["acknowledged"]) == []
     cluster.merge(cluster.of("sharemanagers", VOLUME), {"spec": {"attachments": None}})
     cluster.wait_state(VOLUME, "stopped")
     erase = {"metadata": {"annotations": {"share-manager.io/erase-data": VOLUME}}}
