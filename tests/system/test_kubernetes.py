@@ -70,7 +70,9 @@ def adopt(cluster: KubeCluster) -> None:
         return found if found and found[0]["present"] == ["r1", "r2"] else None
 
     (found,) = cluster.wait(listed, "told of by its nodes")
-    assert (found["volume"], found["in_sync"], found["doubts"]) == (VOLUME, ["r1", "r2"], [])
+    # whoever was powered on a moment ago may not have caught up before nobody mounted it any more
+    assert (found["volume"], found["doubts"]) == (VOLUME, [])
+    assert {*found["in_sync"]} & {"r1", "r2"}
     subprocess.run([*command, VOLUME, *where], check=True)
     again = subprocess.run([*command, VOLUME, *where], check=False, capture_output=True, text=True)
     assert again.returncode == 4
