@@ -11,7 +11,7 @@ import socket
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -20,6 +20,9 @@ from engine.buffers import BufferPool
 from engine.errors import EngineError, FencedError, ProtocolError, VersionError
 from engine.wire import handshake, messages
 from engine.wire.frame import MAX_PAYLOAD, REPLY, Frame, FrameReader, FrameType, Status, encode_frame
+
+if TYPE_CHECKING:
+    from engine.controller.watch import Watch
 
 CALL = 1 << 63
 _IOV = 512
@@ -65,14 +68,6 @@ class _Call:
     def __init__(self) -> None:
         self.done = trio.Event()
         self.answer: Frame | None = None
-
-
-class Watch(Protocol):
-    """See engine/controller/watch.py."""
-
-    def ping(self, seq: int, header: bytes) -> bool: ...
-    async def confirm(self) -> None: ...
-    def close(self) -> None: ...
 
 
 class ReplicaConnection:

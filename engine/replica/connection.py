@@ -416,10 +416,14 @@ class Connection:
 
     def refuse_unopened(self, frame: Frame) -> None:
         """This connection does not own the replica (any more)."""
+        status, payload = self.refusal()
+        self.reply(frame[0], status, frame[2], payload=payload)
+
+    def refusal(self) -> tuple[int, bytes]:
+        """Status and payload for one that does not own the replica."""
         if self.token is not None and self.token < self.server.token:
-            self.reply(frame[0], Status.STALE_EPOCH, frame[2], payload=self.server.highest())
-        else:
-            self.reply(frame[0], Status.NOT_OPEN, frame[2])
+            return Status.STALE_EPOCH, self.server.highest()
+        return Status.NOT_OPEN, b""
 
     def _bad_range(self, frame: Frame) -> None:
         kind, _, seq, offset, length, payload = frame

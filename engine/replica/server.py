@@ -303,9 +303,7 @@ class Server:
             if self.owner is owner and owner.token == self.token:
                 self.confirmations.confirmed(time.monotonic())
                 return Status.OK, b""
-            if owner.token is not None and owner.token < self.token:
-                return Status.STALE_EPOCH, self.highest()
-            return Status.NOT_OPEN, b""
+            return owner.refusal()
 
     def _flush_behind(self, connection: Connection, frame: Frame) -> None:
         if self.direct is None or not self.direct.barrier((connection, frame)):

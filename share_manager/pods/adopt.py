@@ -7,9 +7,10 @@ an attachment that it does not know. Otherwise somebody has to say that what is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import trio
@@ -29,6 +30,8 @@ from share_manager.kube.resources import (
     VolumeSpec,
 )
 from share_manager.pods.orphans import FORMAT, ObjectsCopy
+
+_T = TypeVar("_T")
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):
@@ -207,19 +210,16 @@ async def adopt(client: Client, volume: str, *, uuid: str = "", accept_loss: boo
 
 def run_survey(kubeconfig: Path | None, namespace: str) -> list[Adoptable]:
     """Raises AccessError, KubeError, AdoptionError."""
-
-    async def ask() -> list[Adoptable]:
-        async with Client(find_access(kubeconfig), namespace=namespace) as client:
-            return await survey(client)
-
-    return trio.run(ask)
+    return trio.run(_with_client, kubeconfig, namespace, survey)
 
 
 def run_adopt(kubeconfig: Path | None, namespace: str, volume: str, *, uuid: str, accept_loss: bool) -> Adoption:
     """Raises AccessError, KubeError, AdoptionError, VolumeExistsError."""
+    return trio.run(
+        _with_client, kubeconfig, namespace, partial(adopt, volume=volume, uuid=uuid, accept_loss=accept_loss)
+    )
 
-    async def ask() -> Adoption:
-        async with Client(find_access(kubeconfig), namespace=namespace) as client:
-            return await adopt(client, volume, uuid=uuid, accept_loss=accept_loss)
 
-    return trio.run(ask)
+async def _with_client(kubeconfig: Path | None, namespace: str, work: Callable[[Client], Awaitable[_T]]) -> _T:
+    async with Client(find_access(kubeconfig), namespace=namespace) as client:
+        return await work(client)

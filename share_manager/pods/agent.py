@@ -39,6 +39,7 @@ from share_manager.kube.resources import (
     FINALIZER,
     Disk,
     DiskStatus,
+    RecordedReplica,
     Replica,
     ReplicaStatus,
     StorageNode,
@@ -215,10 +216,10 @@ class Agent:
 
     async def _keep_copy(self, one: Replica, record: VolumeRecord) -> None:
         volume = self._volumes.store.get(record.key)
-        directory = next((each.directory for each in record.spec.replicas if each.name == one.spec.replica), "")
-        if volume is None or not directory:
+        recorded = _recorded(one, record)
+        if volume is None or recorded is None:
             return
-        place, copy = self._options.data_dir / directory, copy_of(volume, record)
+        place, copy = self._options.data_dir / recorded.directory, copy_of(volume, record)
         if self._kept.get(place) == copy:
             return
         try:
@@ -233,11 +234,8 @@ class Agent:
 
     async def _let_go(self, one: Replica) -> None:
         """Its server has ended."""
-        record = self._record(one)
-        directory = one.status.directory
-        for recorded in record.spec.replicas if record is not None else ():
-            if recorded.name == one.spec.replica:
-                directory = recorded.directory
+        recorded = _recorded(one, self._record(one))
+        directory = recorded.directory if recorded is not None else one.status.directory
         if one.spec.erase and directory:
             place = self._options.data_dir / directory
             await trio.to_thread.run_sync(erase, place, self._options.data_dir, one.spec.volume_uuid)
@@ -247,8 +245,12 @@ class Agent:
         )
 
 
+def _recorded(one: Replica, record: VolumeRecord | None) -> RecordedReplica | None:
+    return next((each for each in record.spec.replicas if each.name == one.spec.replica), None) if record else None
+
+
 def replica_status(one: Replica, record: VolumeRecord | None, state: ReplicaState | None, *, now: str) -> ReplicaStatus:
-    recorded = next((each for each in record.spec.replicas if each.name == one.spec.replica), None) if record else None
+    recorded = _recorded(one, record)
     before = one.status
     if state is not None and state.listening:
         value, status, reason, message = "running", "True", "Serving", "its server answers"

@@ -14,7 +14,7 @@ import structlog
 
 from engine.durable import replace_file
 from engine.errors import EngineError
-from engine.store import inspect_replica
+from engine.store import inspect_replica, read_identity
 from share_manager.kube.resources import OrphanedReplica, Volume, VolumeRecord, VolumeRecordSpec, VolumeSpec
 
 log = structlog.get_logger()
@@ -50,9 +50,10 @@ def find_orphans(data_dir: Path, claimed: Collection[tuple[str, str]]) -> tuple[
     found: list[OrphanedReplica] = []
     for path in sorted(data_dir.glob(f"replicas/*/*/{COPY}")):
         try:
-            info = inspect_replica(path.parent)
-            if (info.uuid, info.replica) in claimed:
+            identity = read_identity(path.parent)
+            if (identity.uuid, identity.replica) in claimed:
                 continue
+            info = inspect_replica(path.parent)
             copy = msgspec.json.decode(path.read_bytes(), type=ObjectsCopy)
         except (OSError, EngineError, msgspec.DecodeError) as error:
             log.warning("a replica that nobody claims cannot be read", directory=str(path.parent), reason=str(error))
