@@ -141,7 +141,7 @@ def _size(wanted: pb.CapacityRange, filesystem: str, encrypted: bool) -> tuple[i
         raise InvalidArgumentError("capacity_range is negative")
     if limit and least > limit:
         raise InvalidArgumentError(f"capacity_range requires {least} bytes and allows {limit}")
-    size = least or min(DEFAULT_SIZE, limit or DEFAULT_SIZE)
+    size = least or min(DEFAULT_SIZE, limit // units.BLOCK * units.BLOCK or DEFAULT_SIZE)
     floor = _smallest(filesystem, encrypted)
     size = max(size, floor)
     rounded = -(-size // ROUND) * ROUND

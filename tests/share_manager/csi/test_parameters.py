@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from share_manager.csi.errors import InvalidArgumentError, OutOfRangeError
@@ -141,6 +141,8 @@ def test_access_modes(modes: list[str], access: str) -> None:
     fs=st.sampled_from(["ext4", "xfs"]),
     encrypted=st.booleans(),
 )
+# nothing is required, and what is allowed is no whole number of blocks
+@example(required=0, extra=83890177, fs="ext4", encrypted=False)
 def test_a_size_is_within_its_range_or_refused(required: int, extra: int | None, fs: str, encrypted: bool) -> None:
     limit = 0 if extra is None else required + extra
     asked = request(
