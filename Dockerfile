@@ -8,7 +8,7 @@ COPY deploy/apt/build.txt /tmp/packages.txt
 RUN apt-get update -qq \
     && sed 's/#.*//' /tmp/packages.txt | xargs apt-get install -qq --yes --no-install-recommends
 WORKDIR /src
-COPY pyproject.toml constraints.txt LICENSE README.md ./
+COPY pyproject.toml setup.py constraints.txt LICENSE README.md ./
 COPY engine engine
 COPY ganesha ganesha
 COPY share_manager share_manager

@@ -83,7 +83,12 @@ if command -v dpkg-query >/dev/null && command -v apt-get >/dev/null; then
     ((${#missing[@]} == 0)) || install_packages "${missing[@]}"
 fi
 
-fingerprint() { { cat pyproject.toml constraints.txt && "$venv/bin/python" --version && pwd; } | sha256sum | cut -d' ' -f1; }
+# what is compiled has to be compiled again when it was changed
+compiled() { sed -n 's/^    "\(engine.*\)",$/\1/p' setup.py; }
+fingerprint() {
+    { compiled | xargs cat setup.py ganesha/wake.c pyproject.toml constraints.txt && "$venv/bin/python" --version && pwd; } |
+        sha256sum | cut -d' ' -f1
+}
 stamp() { printf '%s/.share-manager-%s' "$venv" "$1"; }
 
 if ! "$venv/bin/python" -c "" 2>/dev/null; then

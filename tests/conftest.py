@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -57,7 +58,20 @@ STARTED = time.monotonic()
 Progress = Callable[[str], None]
 
 
+def outdated() -> list[str]:
+    """Modules whose compiled form (see setup.py) is older than their source."""
+    return [
+        str(source)
+        for binary in Path("engine").rglob("*.so")
+        if (source := binary.with_name(binary.name.split(".")[0] + ".py")).exists()
+        and source.stat().st_mtime > binary.stat().st_mtime
+    ]
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    old = outdated()
+    if old:
+        pytest.exit(f"compiled before it was changed: {', '.join(old)}; run make setup-test", returncode=4)
     config.stash[STALLS] = Stalls()
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Workers(config.stash[STALLS]))

@@ -162,7 +162,8 @@ class SnapshotReader:
             if frame is None:
                 connection.close()
             elif frame[1] == Status.OK and len(frame[5]) == length:
-                return frame[5]
+                data: bytes = frame[5]
+                return data
             else:
                 number = _ERRNO.get(Status(frame[1]), errno.EIO)
                 raise OSError(number, frame[5].decode(errors="replace") or os.strerror(number))

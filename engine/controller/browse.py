@@ -116,9 +116,10 @@ class Browser:
         with trio.fail_after(REPLICA_TIMEOUT):
             message = messages.ReadSnapshot(name=name)
             answer = await connection.call(FrameType.READ_SNAPSHOT, message, offset=offset, length=length)
-        if len(answer[5]) != length:
-            raise ProtocolError(f"replica {connection.name} sent {len(answer[5])} bytes of {length}")
-        return answer[5]
+        data: bytes = answer[5]
+        if len(data) != length:
+            raise ProtocolError(f"replica {connection.name} sent {len(data)} bytes of {length}")
+        return data
 
 
 def _allocated(entry: SnapshotEntry, listing: tuple[SnapshotEntry, ...]) -> int:

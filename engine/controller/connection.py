@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections import deque
 from collections.abc import Callable
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import trio
 
 from engine.address import Address
 from engine.buffers import BufferPool
+from engine.controller.stream import Stream
 from engine.errors import EngineError, FencedError, ProtocolError, VersionError
 from engine.wire import handshake, messages
 from engine.wire.frame import MAX_PAYLOAD, REPLY, Frame, FrameReader, FrameType, Status, encode_frame
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from engine.controller.watch import Watch
 
 CALL = 1 << 63
-_IOV = 512
 _SOCKET_BUFFER = 4 << 20
 # of all connections of the process
 _BUFFERS = BufferPool(MAX_PAYLOAD)
@@ -76,8 +74,8 @@ class ReplicaConnection:
     def __init__(self, name: str, bit: int, sock: socket.socket) -> None:
         self.name = name
         self.bit = bit
+        self.stream = Stream(bit, sock, FrameReader(bulk=_BUFFERS))
         self.sock = sock
-        self.reader = FrameReader(bulk=_BUFFERS)
         self.instance = ""
         self.version = 0
         # what it is opened with
@@ -85,13 +83,14 @@ class ReplicaConnection:
         self.origin = ""
         # another one, on which the replica answers while its disk keeps it waiting
         self.watch: Watch | None = None
-        self.closed = False
         self.scope = trio.CancelScope()
         self.before_close: Callable[[], None] = _nothing
-        self._queue: deque[bytes | memoryview] = deque()
-        self._blocked = trio.Event()
         self._calls: dict[int, _Call] = {}
         self._next_call = CALL
+
+    @property
+    def closed(self) -> bool:
+        return self.stream.closed
 
     # setting up
 
@@ -143,11 +142,11 @@ class ReplicaConnection:
         tsock = trio.socket.from_stdlib_socket(self.sock)
         await tsock.send(encode_frame(kind, 0, payload))
         while True:
-            count = await tsock.recv_into(self.reader.space())
+            count = await tsock.recv_into(self.stream.reader.space())
             if not count:
                 raise ReplicaUnreachableError(self.name, f"it closed the connection during {kind.name}")
-            self.reader.received(count)
-            frames = self.reader.frames()
+            self.stream.reader.received(count)
+            frames = self.stream.reader.frames()
             if not frames:
                 continue
             answer, status, _, _, _, body = frames[0]
@@ -155,59 +154,33 @@ class ReplicaConnection:
                 raise ProtocolError(f"unexpected frame {answer:#x} during {kind.name}")
             if status != Status.OK:
                 raise ReplicaRefusedError(self.name, kind, status, body)
-            return body
+            data: bytes = body
+            return data
 
     # data
 
     def queue(self, piece: bytes | memoryview) -> None:
-        self._queue.append(piece)
+        self.stream.queue(piece)
 
     def pump(self) -> None:
         """Send what is queued as far as the socket takes it. Raises OSError."""
-        queue = self._queue
-        if len(queue) == 1:
-            try:
-                sent = self.sock.send(queue[0])
-            except BlockingIOError:
-                self._blocked.set()
-                return
-            if sent == len(queue[0]):
-                queue.clear()
-                return
-            queue[0] = memoryview(queue[0])[sent:]
-        while queue:
-            pieces = list(islice(queue, _IOV))
-            try:
-                sent = self.sock.sendmsg(pieces)
-            except BlockingIOError:
-                self._blocked.set()
-                return
-            for piece in pieces:
-                if sent < len(piece):
-                    if sent:
-                        queue[0] = memoryview(piece)[sent:]
-                    break
-                sent -= len(piece)
-                queue.popleft()
+        self.stream.pump()
 
     async def pump_when_writable(self) -> None:
         """Runs beside the connection and sends what did not fit at once. Raises OSError."""
+        stream = self.stream
         while True:
-            await self._blocked.wait()
-            self._blocked = trio.Event()
-            await trio.lowlevel.wait_writable(self.sock)
-            self.pump()
+            await stream.blocked.wait()
+            stream.blocked = trio.Event()
+            await trio.lowlevel.wait_writable(stream.sock)
+            stream.pump()
 
     def receive(self) -> list[Frame]:
         """Whole frames of what has arrived. Raises OSError, ProtocolError, ReplicaUnreachableError."""
-        try:
-            count = self.sock.recv_into(self.reader.space())
-        except BlockingIOError:
-            return []
-        if not count:
+        frames = self.stream.receive()
+        if frames is None:
             raise ReplicaUnreachableError(self.name, "it closed the connection")
-        self.reader.received(count)
-        return self.reader.frames()
+        return frames
 
     # control calls
 
@@ -273,7 +246,7 @@ class ReplicaConnection:
         """Idempotent; wakes whoever waits on this connection."""
         if self.closed:
             return
-        self.closed = True
+        self.stream.closed = True
         self.before_close()
         self.scope.cancel()
         trio.lowlevel.notify_closing(self.sock)

@@ -27,13 +27,29 @@ from __future__ import annotations
 import errno
 from collections import deque
 from collections.abc import Iterable, Sequence
-from enum import Enum
 from typing import Any, Final
 
 import msgspec
 
+from engine.controller.actions import (
+    Action,
+    Damage,
+    Damaged,
+    Disconnect,
+    Equalised,
+    Faulted,
+    Fenced,
+    Guarded,
+    Repaired,
+    ReplicaJoined,
+    ReplicaLeft,
+    ReplicaState,
+    Rest,
+    Unreadable,
+    WriteRecord,
+)
 from engine.controller.foresight import Foresight
-from engine.ops import FLUSH, READ, UNMAP, WRITE
+from engine.ops import FLUSH, READ, UNMAP, WRITE, Data
 
 # the numbers of engine.wire.frame.FrameType, which this module does not import; a test keeps them equal
 PING: Final = 8
@@ -72,113 +88,6 @@ _ZERO: Final = bytes(1 << 20)
 _BLOCK: Final = 4096
 # ranges that a replica could not read and that were written anew; with more its disk is taken for broken
 _MAX_MEDIA_ERRORS: Final = 1024
-
-
-class ReplicaState(Enum):
-    """`LEAVING`: failed, not recorded yet. `JOINING`: complete, not recorded yet."""
-
-    OUT = "out"
-    RESYNCING = "resyncing"
-    JOINING = "joining"
-    IN_SYNC = "in_sync"
-    LEAVING = "leaving"
-
-
-class Action(msgspec.Struct, frozen=True):
-    """Something for the driver to do."""
-
-
-class WriteRecord(Action, frozen=True):
-    """Make `in_sync` the recorded set by compare-and-swap under our epoch, then call `recorded(in_sync)`."""
-
-    in_sync: tuple[str, ...]
-
-
-class Disconnect(Action, frozen=True):
-    """Close the connection: nothing the replica still says counts."""
-
-    replica: str
-    reason: str
-
-
-class ReplicaLeft(Action, frozen=True):
-    """The record no longer names it."""
-
-    replica: str
-    reason: str
-
-
-class ReplicaJoined(Action, frozen=True):
-    replica: str
-
-
-class Equalised(Action, frozen=True):
-    """All members read the same again after a crash."""
-
-    regions: int
-
-
-class Damaged(Action, frozen=True):
-    """`replica` holds something else in this range than was written, or (`media`) cannot read it.
-
-    `snapshot` names whose image it is, empty for the head's.
-    """
-
-    replica: str
-    offset: int
-    length: int
-    snapshot: str
-    media: bool
-
-
-class Repaired(Action, frozen=True):
-    """A range of the head was written anew, or could not be. `token` is that of `repair`."""
-
-    replicas: tuple[str, ...]
-    offset: int
-    length: int
-    ok: bool
-    token: Any = None
-
-
-class Unreadable(Action, frozen=True):
-    """No in-sync replica can read this range."""
-
-    offset: int
-    length: int
-
-
-class Guarded(Action, frozen=True):
-    """`guard` is in force."""
-
-    token: Any
-
-
-class Rest(Action, frozen=True):
-    """Clients are busy and a copy in the background is done: call `rested` when the next one may begin."""
-
-
-class Fenced(Action, frozen=True):
-    """A higher epoch exists: stop at once, for good."""
-
-    replica: str
-    detail: bytes
-
-
-class Faulted(Action, frozen=True):
-    """No in-sync replica is left: stop and leave what is unanswered unanswered."""
-
-    reason: str
-
-
-class Damage(msgspec.Struct, frozen=True):
-    """See `Damaged`; `bit` is the replica's."""
-
-    bit: int
-    offset: int
-    length: int
-    snapshot: str
-    media: bool
 
 
 class Repair:
@@ -236,7 +145,7 @@ class Request:
         self.followers: list[Request] | None = None
         self.error = 0
         self.low = 0
-        self.result = b""
+        self.result: Data = b""
         self.targets = 0
         # of a FLUSH: how many changes were sent before it
         self.covers = 0
@@ -310,7 +219,7 @@ class Core:
         self._reasons: dict[int, str] = {}
 
         self.outbox: list[Send] = []
-        self.replies: list[tuple[Any, int, bytes]] = []
+        self.replies: list[tuple[Any, int, Data]] = []
         self.actions: list[Action] = []
 
         self.stopped = False
@@ -615,7 +524,7 @@ class Core:
         first, second = parent.parts
         parent.parts = ()
         parent.error = first.error or second.error
-        data = b"" if parent.error else first.result + second.result
+        data = b"" if parent.error else b"".join((first.result, second.result))
         if parent.op == COPY and not parent.error:
             self._copy_write(parent, data)
             return
@@ -624,7 +533,7 @@ class Core:
 
     # answers
 
-    def answered(self, bit: int, seq: int, status: int, payload: bytes = b"") -> None:
+    def answered(self, bit: int, seq: int, status: int, payload: Data = b"") -> None:
         """Replica `bit` answered request `seq`. Late and unasked answers change nothing."""
         request = self.inflight.get(seq)
         if request is None or not request.wait & bit or self.leaving & bit or self.stopped:
@@ -652,11 +561,11 @@ class Core:
         if not wait:
             self._finish(request)
 
-    def _refused(self, bit: int, request: Request, status: int, payload: bytes) -> None:
+    def _refused(self, bit: int, request: Request, status: int, payload: Data) -> None:
         name = self.members(bit)[0]
         if status == STALE_EPOCH:
             self.stopped = True
-            self.actions.append(Fenced(name, payload))
+            self.actions.append(Fenced(name, bytes(payload)))
             return
         if status == IO_ERROR and request.op in _READING and not request.writing:
             block = self._block
@@ -664,7 +573,7 @@ class Core:
             end = min(request.offset + request.length + block - 1 & -block, self.size)
             self.damaged(bit, request.seq, start, end - start, media=True)
             return
-        reason = payload.decode(errors="replace") or f"status {status}"
+        reason = bytes(payload).decode(errors="replace") or f"status {status}"
         last = self.in_sync == bit and not self.joining
         if not last or request.op in _PRIVATE or request.op == FLUSH:
             # a failed flush is never retried: what the replica's cache held may be gone
@@ -874,7 +783,7 @@ class Core:
         self._copies += 1
         self._admit(request)
 
-    def _copy_write(self, request: Request, payload: bytes) -> None:
+    def _copy_write(self, request: Request, payload: Data) -> None:
         """The source has answered: write what it said to the targets, under the same lock."""
         source = request.wait
         if request.token is not None:

@@ -14,17 +14,17 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 import outcome
 import structlog
 import trio
-from crc32c import crc32c
 
 from engine.address import Address
 from engine.client import EngineEvent, EngineStatus, OperationStats, ReplicaStatus
-from engine.controller import core as decide
+from engine.controller import actions
+from engine.controller.actions import ReplicaState
 from engine.controller.browse import Browser
 from engine.controller.chains import Answers, Chains
 from engine.controller.clone import Puller
@@ -34,12 +34,14 @@ from engine.controller.connection import (
     ReplicaRefusedError,
     ReplicaUnreachableError,
 )
-from engine.controller.core import Core, ReplicaState
+from engine.controller.core import Core
+from engine.controller.pipeline import Pipeline
 from engine.controller.progress import Progress
 from engine.controller.purge import Purger
 from engine.controller.rebuild import Filling, Rebuild, figures, rest_after
 from engine.controller.right import RightKeeper
-from engine.controller.stats import Health, Operation
+from engine.controller.stats import Health
+from engine.controller.stream import Stream
 from engine.controller.watch import keep_watch
 from engine.errors import (
     BusyError,
@@ -51,13 +53,12 @@ from engine.errors import (
     RecordConflictError,
     RecordError,
 )
-from engine.frontend.base import BlockRequest
 from engine.operations import OperationProgress
-from engine.ops import FLUSH, READ, UNMAP, WRITE
+from engine.ops import FLUSH, READ, UNMAP, WRITE, BlockRequest, Data
 from engine.poller import Poller
 from engine.record import RecordStore, ReplicaRecord, VolumeRecord
 from engine.wire import messages
-from engine.wire.frame import REPLY, Frame, FrameType, Status, encode_header
+from engine.wire.frame import REPLY, Frame, FrameType, Status
 
 log = structlog.get_logger()
 
@@ -69,20 +70,14 @@ _REGION_SIZES = frozenset(1 << shift for shift in range(12, 21))
 _OPERATIONS = {READ: "read", WRITE: "write", FLUSH: "flush", UNMAP: "unmap"}
 
 
-class _TaskRequest:
+class _TaskRequest(BlockRequest):
     """A request, and the task that waits for it."""
 
-    __slots__ = ("length", "offset", "op", "payload", "started", "task")
-
     def __init__(self, op: int, offset: int, length: int, payload: bytes) -> None:
+        super().__init__(op, offset, length, payload)
         self.task: trio.lowlevel.Task | None = trio.lowlevel.current_task()
-        self.op = op
-        self.offset = offset
-        self.length = length
-        self.payload = payload
-        self.started = time.perf_counter()
 
-    def finish(self, error: int, data: bytes) -> None:
+    def finish(self, error: int, data: Data) -> None:
         if self.task is not None:
             trio.lowlevel.reschedule(self.task, outcome.Value((error, data)))
 
@@ -137,8 +132,6 @@ class Controller:
         self._resync_rate = resync_rate
         self._replicas = {replica.name: replica for replica in record.replicas}
         self._connections: dict[int, ReplicaConnection] = {}
-        self._routes: dict[int, tuple[ReplicaConnection, ...]] = {}
-        self._operations = {op: Operation() for op in _OPERATIONS}
         self.health: defaultdict[str, Health] = defaultdict(Health)
         self.scrubbing = False
         self._flusher: trio.lowlevel.Task | None = None
@@ -163,7 +156,10 @@ class Controller:
         self.puller = Puller(self, self._tell)
         self.browser = Browser(self)
         self.right = RightKeeper(self, right_lasts)
-        self.core = self._new_core(1 << 20)
+        self._pipeline = Pipeline(self._new_core(1 << 20), self._act, self._pulse, self._ping)
+        # the frontends' way in, past this object
+        self.submit: Callable[[BlockRequest], None] = self._pipeline.submit
+        self.kick: Callable[[], None] = self._pipeline.drain
 
     def _new_core(self, region_size: int) -> Core:
         core = Core(
@@ -179,6 +175,10 @@ class Controller:
     def limit_resync(self, rate: float) -> None:
         """Bytes a second that replicas are brought up to date with; 0: as fast as the foreground leaves room."""
         self._resync_rate = self.core.copy_rate = rate
+
+    @property
+    def core(self) -> Core:
+        return self._pipeline.core
 
     # requests
 
@@ -198,7 +198,7 @@ class Controller:
         """Returns when all that was acknowledged before is on every in-sync replica's disk. Raises OSError."""
         await self._execute(FLUSH, 0, 0, b"")
 
-    async def _execute(self, op: int, offset: int, length: int, payload: bytes) -> bytes:
+    async def _execute(self, op: int, offset: int, length: int, payload: bytes) -> Data:
         if op != FLUSH and (length <= 0 or offset < 0 or offset + length > self.size):
             raise OSError(errno.EINVAL, f"request {offset}+{length} is outside the volume of {self.size} bytes")
         request = _TaskRequest(op, offset, length, payload)
@@ -212,15 +212,7 @@ class Controller:
     @property
     def answered_requests(self) -> int:
         """Counts up with every answer to a client."""
-        return sum(operation.count for operation in self._operations.values())
-
-    def submit(self, request: BlockRequest) -> None:
-        """Queue a request whose range lies within the volume; it is on its way after `kick`."""
-        self.core.submit(request.op, request.offset, request.length, request.payload, request)
-
-    def kick(self) -> None:
-        """Send what was submitted."""
-        self._drain()
+        return sum(operation.count for operation in self._pipeline.operations.values())
 
     # carrying out what the core decided
 
@@ -246,67 +238,11 @@ class Controller:
             await trio.lowlevel.cancel_shielded_checkpoint()
 
     def _drain(self) -> None:
-        core = self.core
-        while core.outbox or core.actions or core.replies:
-            if core.outbox:
-                sends, core.outbox = core.outbox, []
-                self._send(sends)
-            if core.replies:
-                replies, core.replies = core.replies, []
-                now = time.perf_counter()
-                for token, error, data in replies:
-                    self._operations[token.op].add(now - token.started, token.length, error)
-                    token.finish(error, data)
-            if core.actions:
-                actions, core.actions = core.actions, []
-                for action in actions:
-                    self._act(action)
-                self._pulse()
-        if core.draining or core.holding:
-            self._pulse()
+        self._pipeline.drain()
 
-    def _send(self, sends: list[decide.Send]) -> None:
-        touched: dict[ReplicaConnection, None] = {}
-        # small frames in a row for the same replicas are put together once for all of them
-        joined: list[bytes] = []
-        destination = 0
-        for mask, op, seq, offset, length, payload in sends:
-            body = payload if type(payload) in _DATA else _body(op, payload)
-            crc = crc32c(body) if body else 0
-            header = encode_header(op, 0, seq, offset, length, len(body), crc)
-            if op == decide.PING:
-                self._ping(mask, seq, header, touched)
-                continue
-            if mask != destination:
-                self._queue(destination, joined, touched)
-                joined, destination = [], mask
-            joined.append(header)
-            if len(body) > _JOINED:
-                self._queue(destination, joined, touched)
-                joined = []
-                for connection in self._routes[mask]:
-                    connection.queue(body)
-            elif body:
-                joined.append(body)
-        self._queue(destination, joined, touched)
-        for connection in touched:
-            try:
-                connection.pump()
-            except OSError as broken:
-                self.core.lost(connection.bit, f"cannot be written to: {broken.strerror}")
-
-    def _queue(self, mask: int, pieces: list[bytes], touched: dict[ReplicaConnection, None]) -> None:
-        if pieces:
-            data = b"".join(pieces)
-            for connection in self._routes.get(mask) or self._route(mask):
-                connection.queue(data)
-                touched[connection] = None
-
-    def _ping(self, mask: int, seq: int, header: bytes, touched: dict[ReplicaConnection, None]) -> None:
-        for connection in self._route(mask):
-            if connection.watch is None or not connection.watch.ping(seq, header):
-                connection.queue(header)
-                touched[connection] = None
+    def _ping(self, stream: Stream, seq: int, header: bytes) -> bool:
+        watch = self._connections[stream.bit].watch
+        return watch is not None and watch.ping(seq, header)
 
     def _pulse(self) -> None:
         self._changed.set()
@@ -318,46 +254,41 @@ class Controller:
         while not condition():
             await self._changed.wait()
 
-    def _route(self, mask: int) -> tuple[ReplicaConnection, ...]:
-        route = tuple(c for bit, c in self._connections.items() if bit & mask)
-        self._routes[mask] = route
-        return route
-
-    def _act(self, action: decide.Action) -> None:
+    def _act(self, action: actions.Action) -> None:
         match action:
-            case decide.WriteRecord(in_sync):
+            case actions.WriteRecord(in_sync):
                 self._record_wanted = in_sync
                 self._record_change.set()
-            case decide.Disconnect(replica, reason):
+            case actions.Disconnect(replica, reason):
                 self._disconnect(self.core.bit(replica))
                 log.warning("replica failed", replica=replica, reason=reason)
-            case decide.ReplicaLeft(replica, reason):
+            case actions.ReplicaLeft(replica, reason):
                 self._tell("replica_left", replica, f"left the in-sync set: {reason}")
-            case decide.ReplicaJoined(replica):
+            case actions.ReplicaJoined(replica):
                 self.purger.kick()
                 self._tell("replica_in_sync", replica, "is in sync")
-            case decide.Rest():
+            case actions.Rest():
                 self._nursery.start_soon(self._rest)
-            case decide.Damaged(replica, offset, length, snapshot, media):
+            case actions.Damaged(replica, offset, length, snapshot, media):
                 self.health[replica].damaged += 1
                 what = "cannot be read" if media else "is not what was written"
                 where = f"snapshot {snapshot}" if snapshot else "the volume"
                 self._tell("replica_damaged", replica, f"{length} bytes at {offset} of {where}: the disk's copy {what}")
-            case decide.Repaired(replicas, offset, length, ok, token):
+            case actions.Repaired(replicas, offset, length, ok, token):
                 for replica in replicas if ok else ():
                     self.health[replica].repaired += token is None
                     self._tell("replica_repaired", replica, f"{length} bytes at {offset} were put right")
                 if token is not None:
                     token.set()
-            case decide.Unreadable(offset, length):
+            case actions.Unreadable(offset, length):
                 self._tell("unreadable", message=f"no in-sync replica can read {length} bytes at {offset}")
-            case decide.Guarded(token):
+            case actions.Guarded(token):
                 token.set()
-            case decide.Equalised(regions):
+            case actions.Equalised(regions):
                 self._tell("equalised", message="replicas are equal again after a crash", done=regions, total=regions)
-            case decide.Fenced(replica, detail):
+            case actions.Fenced(replica, detail):
                 self._fail(FencedError(self.token, messages.decode_token(detail), f"replica {replica}"))
-            case decide.Faulted(reason):
+            case actions.Faulted(reason):
                 self._fail(NoReplicaError(self.record.volume, {"engine": reason}))
 
     def _fail(self, failure: EngineError) -> None:
@@ -368,9 +299,13 @@ class Controller:
             self._tell("fenced" if isinstance(failure, FencedError) else "faulted", message=str(failure))
             self.failed.set()
 
+    def _connect(self, connection: ReplicaConnection) -> None:
+        self._connections[connection.bit] = connection
+        self._pipeline.connect(connection.stream)
+
     def _disconnect(self, bit: int) -> None:
         connection = self._connections.pop(bit, None)
-        self._routes.clear()
+        self._pipeline.disconnect(bit)
         if connection is not None:
             connection.close()
 
@@ -385,8 +320,11 @@ class Controller:
 
     def _serve(self, connection: ReplicaConnection) -> None:
         """Deliver answers from now on, until the connection ends, which is the replica's loss."""
-        fd = connection.sock.fileno()
-        self.poller.add(fd, partial(self._readable, connection))
+        stream = connection.stream
+        stream.odd = partial(self._odd, connection)
+        stream.broken = partial(self._ended, connection)
+        fd = stream.sock.fileno()
+        self.poller.add(fd, partial(self._pipeline.readable, stream))
         connection.before_close = partial(self.poller.remove, fd)
         self._nursery.start_soon(self._pump, connection)
 
@@ -399,15 +337,10 @@ class Controller:
             finally:
                 connection.close()
 
-    def _readable(self, connection: ReplicaConnection) -> None:
-        try:
-            for frame in connection.receive():
-                self._answer(connection, frame)
-                if connection.closed:
-                    return
-        except (OSError, EngineError) as error:
-            if not connection.closed:
-                self._broken(connection, error)
+    def _ended(self, connection: ReplicaConnection, error: Exception) -> None:
+        if not connection.closed:
+            assert isinstance(error, OSError | EngineError)
+            self._broken(connection, error)
 
     def _broken(self, connection: ReplicaConnection, error: OSError | EngineError) -> None:
         reason = f"its connection failed: {error.strerror}" if isinstance(error, OSError) else str(error)
@@ -418,7 +351,8 @@ class Controller:
         connection.close()
         self._drain()
 
-    def _answer(self, connection: ReplicaConnection, frame: Frame) -> None:
+    def _odd(self, connection: ReplicaConnection, frame: Frame) -> None:
+        """An answer that is no plain success of a request of the core's. Raises EngineError."""
         kind, status, seq, offset, length, payload = frame
         if not kind & REPLY:
             self.core.lost(connection.bit, f"sent a frame of type {kind:#x} that is no answer")
@@ -536,7 +470,7 @@ class Controller:
                 self.core.lost(connection.bit, str(error))
 
         async with trio.open_nursery() as nursery:
-            for connection in self._route(mask):
+            for connection in self.connected(mask):
                 nursery.start_soon(call, connection)
         self._drain()
         if self.failure is not None:
@@ -570,7 +504,7 @@ class Controller:
 
     def connected(self, mask: int) -> tuple[ReplicaConnection, ...]:
         """The connections of the replicas in `mask`."""
-        return self._route(mask)
+        return tuple(connection for bit, connection in self._connections.items() if bit & mask)
 
     def lose(self, connection: ReplicaConnection, reason: str) -> None:
         """Its replica failed outside of the data path."""
@@ -643,7 +577,9 @@ class Controller:
                 if self.right.wanted and connection.version < messages.CONFIRM_SINCE:
                     raise ReplicaUnreachableError(name, "it is of a release that cannot confirm the right to serve")
                 self._serve(connection)
-                body = messages.Open(volume_uuid=self.record.uuid, epoch=self.token[0], incarnation=self.token[1])
+                body = messages.Open(
+                    volume_uuid=self.record.uuid, epoch=self.token[0], incarnation=self.token[1], gathers=True
+                )
                 reply = messages.decode((await connection.call(FrameType.OPEN, body))[5], messages.OpenReply)
         except trio.TooSlowError:
             if connection is not None:
@@ -698,12 +634,12 @@ class Controller:
             connection, reply = opened.pop(name)
             reasons[name] = f"its maps have regions of {reply.region_size} bytes, those of the others {region_size}"
             connection.close()
-        self.core = self._new_core(region_size)
+        self._pipeline.core = self._new_core(region_size)
         for connection, _ in opened.values():
             if connection.closed:
                 reasons[connection.name] = "its connection broke while it was opened"
             else:
-                self._connections[connection.bit] = connection
+                self._connect(connection)
         dirty: set[int] = set()
         for name, (connection, reply) in opened.items():
             if (reply.dirty_regions or reply.rebuilding) and not connection.closed:
@@ -856,8 +792,7 @@ class Controller:
         """Raises ReplicaUnreachableError."""
         if connection.closed or self.core.draining:
             raise ReplicaUnreachableError(connection.name, "the connection ended while it was opened")
-        self._connections[connection.bit] = connection
-        self._routes.clear()
+        self._connect(connection)
         self.core.opened(connection.bit)
         self._drain()
 
@@ -1007,7 +942,7 @@ class Controller:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self._flush_rounds)
-            nursery.start_soon(self.poller.run, self._drain)
+            nursery.start_soon(self.poller.run, self._pipeline.drain)
             nursery.start_soon(self._write_record)
             await self._open_members()
             nursery.start_soon(self._tick)
@@ -1031,7 +966,7 @@ class Controller:
         with trio.move_on_after(self.request_timeout * 2):
             await self.wait_until(lambda: core.idle)
             await self.flush()
-            for connection in self._route(core.in_sync):
+            for connection in self.connected(core.in_sync):
                 try:
                     await connection.call(FrameType.CLOSE, messages.Close(kept=self.right.kept))
                 except EngineError as error:
@@ -1099,7 +1034,7 @@ class Controller:
                 )
             )
         operations: dict[str, OperationStats] = {
-            name: self._operations[op].snapshot() for op, name in _OPERATIONS.items()
+            name: self._pipeline.operations[op].snapshot() for op, name in _OPERATIONS.items()
         }
         return EngineStatus(
             volume=self.record.volume,
@@ -1117,25 +1052,6 @@ class Controller:
             busy=self._exclusive() if self._exclusive else "",
             clone=self.puller.status,
         )
-
-
-_READ_HEAD = messages.encode(messages.ReadLayer())
-
-
-_DATA: Final = frozenset({bytes, memoryview})
-# a larger payload is not copied
-_JOINED: Final = 16 << 10
-
-
-def _body(op: int, payload: Any) -> bytes:
-    if op == decide.MEND:
-        snapshot, data = payload
-        return messages.encode(messages.Mend(snapshot=snapshot, data=data))
-    if op == decide.TRACK:
-        return messages.encode(messages.Track(names=payload))
-    if op == decide.READ_LAYER:
-        return _READ_HEAD
-    return messages.encode(messages.State(rebuilding=payload))
 
 
 def _regions(bitmap: bytes) -> set[int]:

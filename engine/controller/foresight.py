@@ -6,6 +6,8 @@ that a flush will come can have it done together with the write before it.
 
 from __future__ import annotations
 
+from mypy_extensions import mypyc_attr
+
 _HISTORY = 0xFFFF  # four operations, four bits each
 _FLUSH = 0
 _LARGEST = 64 << 10
@@ -17,6 +19,7 @@ def _code(length: int) -> int:
     return min((length - 1 >> 12).bit_length() + 1, 6)
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Foresight:
     """Learns from a sequence of writes and flushes. One wrong guess among right ones does not change its mind."""
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
+from engine.controller.actions import ReplicaState
 from engine.controller.chains import chain_of
 from engine.controller.connection import ReplicaConnection, ReplicaRefusedError, ReplicaUnreachableError
-from engine.controller.core import ReplicaState, Resync
+from engine.controller.core import Resync
 from engine.wire import messages
 from engine.wire.frame import FrameType
 from engine.wire.layers import MAX_RANGE, layer_bytes

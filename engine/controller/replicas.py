@@ -5,7 +5,7 @@ from __future__ import annotations
 import trio
 
 from engine.address import Address
-from engine.controller.core import ReplicaState
+from engine.controller.actions import ReplicaState
 from engine.controller.driver import Controller
 from engine.controller.progress import Progress
 from engine.errors import LastReplicaError, ReplicaNameError

@@ -8,23 +8,8 @@ from typing import Protocol
 
 import trio
 
+from engine.ops import BlockRequest
 from engine.poller import Poller
-
-
-class BlockRequest(Protocol):
-    """A request without a task that waits for it. `op` is one of engine.ops; the range lies within the volume."""
-
-    op: int
-    offset: int
-    length: int
-    started: float
-
-    @property
-    def payload(self) -> bytes | memoryview:
-        """Of a write. A view is of memory that is used for nothing else while the view is there."""
-
-    def finish(self, error: int, data: bytes) -> None:
-        """Called once, with an errno or 0, and the data of a read. Must not raise or block."""
 
 
 class BlockVolume(Protocol):

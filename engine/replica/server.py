@@ -28,7 +28,8 @@ from engine.errors import (
     SnapshotNotFoundError,
     StoreError,
 )
-from engine.replica.connection import FLUSH, WRITE, Connection
+from engine.ops import FLUSH, WRITE
+from engine.replica.connection import Connection
 from engine.replica.direct import Direct, Disk
 from engine.replica.gate import Gate
 from engine.replica.layers import LayerRequests
@@ -277,8 +278,11 @@ class Server:
         """Answer a WATCH, and let the connection be one until it ends."""
         kind, _, seq, _, _, payload = frame
         wanted = messages.decode(payload, messages.Token)
-        connection.token = wanted.epoch, wanted.incarnation
         owner = self.owner
+        if connection is owner:
+            connection.reply(kind, Status.BAD_REQUEST, seq, payload=b"this connection owns the replica")
+            return
+        connection.token = wanted.epoch, wanted.incarnation
         if self.failed:
             connection.reply(kind, Status.IO_ERROR, seq, payload=self.failed.encode())
             return
@@ -504,6 +508,7 @@ class Server:
             maps = self.store.maps
             maps.regions.inherit()
             connection.token = token
+            connection.gathers = wanted.gathers
             now = time.monotonic()
             with self._guard:
                 self.owner = connection

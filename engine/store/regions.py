@@ -11,11 +11,14 @@ seq), and an earlier attachment that ended without a clean close (`_inherited`).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
-REGION_SHIFT = 20
-REGION_SIZE = 1 << REGION_SHIFT
+REGION_SHIFT: Final = 20
+REGION_SIZE: Final = 1 << REGION_SHIFT
 
-CLEAR, PENDING, DURABLE = 0, 1, 2
+CLEAR: Final = 0
+PENDING: Final = 1
+DURABLE: Final = 2
 
 # A workload that calls fsync after each write would otherwise pay one more fdatasync, of the map, for every write
 # that comes back to a region.
@@ -59,7 +62,7 @@ class Regions:
         return self._state[region]
 
     def dirty_regions(self) -> list[int]:
-        return [region for region, state in enumerate(self._state) if state != CLEAR]
+        return [region for region in range(self.count) if self._state[region] != CLEAR]
 
     def missing(self, first: int, last: int) -> list[int]:
         """Regions among `first..last` whose bit is not known to be durable."""

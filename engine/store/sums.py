@@ -201,7 +201,7 @@ class Sums:
     @property
     def regions(self) -> int:
         """How many regions have sums."""
-        return sum(byte.bit_count() for byte in self._bits)
+        return int.from_bytes(self._bits).bit_count()
 
     def has(self, region: int) -> bool:
         at, bits = region >> 3, self._bits  # once: another thread may be asking

@@ -14,16 +14,17 @@ from __future__ import annotations
 import mmap
 import struct
 from enum import IntEnum
-from typing import cast
+from typing import Any, Final
 
 from crc32c import crc32c
 
 from engine.buffers import BufferPool
 from engine.errors import ProtocolError
 
-MAGIC = 0x31464D53
-MAX_PAYLOAD = (1 << 20) + 4096
-REPLY = 0x8000
+MAGIC: Final = 0x31464D53
+MAX_PAYLOAD: Final = (1 << 20) + 4096
+REPLY: Final = 0x8000
+WRITTEN: Final = 42
 
 HEADER = struct.Struct("<IHHQQIIII")
 HEADER_SIZE = HEADER.size
@@ -65,6 +66,7 @@ class FrameType(IntEnum):
     PULL = 36
     CONFIRM = 40
     WATCH = 41
+    WRITTEN = 42
 
 
 class Status(IntEnum):
@@ -86,7 +88,7 @@ class Status(IntEnum):
 
 # (type, status, seq, offset, length, payload); a large payload of data may be a view, if the reader was given buffers:
 # it can be summed, sent, written, sliced and compared like bytes, and is nothing else's business
-Frame = tuple[int, int, int, int, int, bytes]
+Frame = tuple[int, int, int, int, int, Any]
 
 # payloads that are worth a buffer of their own
 BULK = 64 << 10
@@ -110,6 +112,22 @@ def encode_frame(
     """A whole frame in one piece, for the frames that are small and rare."""
     crc = crc32c(payload) if payload else 0
     return encode_header(kind, status, seq, offset, length, len(payload), crc) + payload
+
+
+_SEQ = struct.Struct("<Q")
+
+
+def encode_written(seqs: list[int]) -> tuple[bytes, bytes]:
+    """Header and payload of the answer to several WRITEs at once."""
+    body = struct.pack(f"<{len(seqs)}Q", *seqs)
+    return encode_header(FrameType.WRITTEN | REPLY, 0, seqs[0], 0, len(seqs), len(body), crc32c(body)), body
+
+
+def decode_written(payload: Any) -> list[int]:
+    """The sequence numbers of a WRITTEN's payload. Raises ProtocolError."""
+    if len(payload) % _SEQ.size:
+        raise ProtocolError(f"a WRITTEN of {len(payload)} bytes")
+    return [seq for (seq,) in _SEQ.iter_unpack(payload)]
 
 
 class FrameReader:
@@ -204,4 +222,4 @@ class FrameReader:
         if crc32c(payload) != payload_crc:
             raise ProtocolError(f"payload checksum mismatch in frame type {kind:#x} seq {seq}")
         self._after_bulk = True
-        return kind, status, seq, offset, length, cast(bytes, payload)
+        return kind, status, seq, offset, length, payload

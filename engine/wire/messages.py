@@ -48,11 +48,15 @@ class AuthReply(Message, frozen=True, kw_only=True):
 
 
 class Open(Message, frozen=True, kw_only=True):
-    """Claim the replica for (epoch, incarnation). `volume_uuid` must be that of the directory."""
+    """Claim the replica for (epoch, incarnation). `volume_uuid` must be that of the directory.
+
+    `gathers`: the engine knows WRITTEN.
+    """
 
     volume_uuid: str
     epoch: Counter
     incarnation: Counter
+    gathers: bool = False
 
 
 class Token(Message, frozen=True, kw_only=True):

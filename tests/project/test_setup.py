@@ -19,6 +19,7 @@ from tests.project.common import ROOT, apt_list
 Setup = Callable[..., "subprocess.CompletedProcess[str]"]
 
 LISTS = ("runtime", "node", "build", "test")
+COMPILED = re.findall(r'^    "(engine/.+\.py)",$', (ROOT / "setup.py").read_text(), re.MULTILINE)
 
 
 def normal(name: str) -> str:
@@ -26,7 +27,8 @@ def normal(name: str) -> str:
 
 
 def test_constraints_pin_all_that_is_asked_for() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    everything = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = everything["project"]
     asked = {
         normal(re.split(r"[<>=\[ ;]", wanted)[0])
         for wanted in [*project["dependencies"], *project["optional-dependencies"]["dev"]]
@@ -34,6 +36,8 @@ def test_constraints_pin_all_that_is_asked_for() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9.]+", line) for line in lines)
     assert asked <= {normal(line.split("==")[0]) for line in lines}
+    # the one that checks the types is the one that compiles
+    assert {wanted for wanted in everything["build-system"]["requires"] if wanted.startswith("mypy")} <= set(lines)
 
 
 def test_a_package_is_in_one_list_only() -> None:
@@ -70,8 +74,9 @@ def checkout(tmp_path: Path) -> Path:
     root, programs = tmp_path / "checkout", tmp_path / "bin"
     shutil.copytree(ROOT / "deploy", root / "deploy")
     shutil.copytree(ROOT / "scripts", root / "scripts")
-    for name in ("pyproject.toml", "constraints.txt"):
-        shutil.copy(ROOT / name, root)
+    for name in ("pyproject.toml", "setup.py", "constraints.txt", "ganesha/wake.c", *COMPILED):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
     programs.mkdir()
     installed = tmp_path / "installed"
     installed.write_text("\n".join(name for part in LISTS for name in apt_list(part)) + "\n")
@@ -138,6 +143,22 @@ def test_changed_requirements_are_installed(checkout: Path, setup: Setup) -> Non
     assert len(calls(checkout)) == 1
     assert setup("test").returncode == 0
     assert len(calls(checkout)) == 1
+
+
+@pytest.mark.parametrize("path", ["engine/controller/core.py", "setup.py", "ganesha/wake.c"])
+def test_what_is_compiled_is_compiled_again_when_it_was_changed(checkout: Path, setup: Setup, path: str) -> None:
+    assert setup("test").returncode == 0
+    calls(checkout)
+    with (checkout / path).open("a") as file:
+        file.write("\n")
+    assert setup("test").returncode == 0
+    assert len(calls(checkout)) == 1
+
+
+def test_what_is_compiled_waits_for_nothing() -> None:
+    assert COMPILED
+    for path in COMPILED:
+        assert not re.search(r"^\s*(async|await|.*\sawait) ", (ROOT / path).read_text(), re.MULTILINE), path
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root installs packages")

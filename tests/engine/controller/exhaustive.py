@@ -9,6 +9,7 @@ that matters are tried once, so sequences are counted, not walked one by one.
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import hashlib
 import io
@@ -19,8 +20,10 @@ from random import Random
 from typing import Any, NamedTuple, cast
 
 from engine import ops
-from engine.controller.core import Core, ReplicaState
-from tests.engine.controller.simulation import Ask, Engine, Judge, SimReplica, World
+from engine.controller import core as decide
+from engine.controller.actions import ReplicaState
+from engine.controller.core import Core
+from tests.engine.controller.simulation import Ask, Engine, Judge, SimReplica, Whim, World
 
 Event = tuple[Any, ...]
 
@@ -207,20 +210,76 @@ _COSMETIC = {
 }
 
 
+# what the core is made of; compiled classes tell nobody how to save them
+_BLANKS: dict[type, Callable[[], Any]] = {
+    Core: lambda: Core(size=1, replicas=("r1",), in_sync=("r1",)),
+    Whim: lambda: Whim(cast(Random, Straight()), 0.0),
+    decide.Request: lambda: decide.Request(ops.READ, 0, 1),
+    decide.Repair: lambda: decide.Repair(0, None, None, by_checksum=False),
+    decide.Resync: decide.Resync,
+    decide._Piece: lambda: decide._Piece(decide.Request(ops.READ, 0, 1)),
+    decide._Ahead: decide._Ahead,
+    decide._SettleInherited: decide._SettleInherited,
+    decide._SwapIn: lambda: decide._SwapIn(0),
+}
+
+
+def _attributes(blank: Any) -> tuple[str, ...]:
+    """Of an object that was just made; without its properties, which cannot be set."""
+    found = []
+    for name in (name for name in dir(blank) if not name.startswith("__") and hasattr(blank, name)):
+        value = getattr(blank, name)
+        if not callable(value):
+            with contextlib.suppress(AttributeError):
+                setattr(blank, name, value)
+                found.append(name)
+    return tuple(found)
+
+
+_ATTRIBUTES = {kind: _attributes(make()) for kind, make in _BLANKS.items()}
+
+
+def _blank(kind: type) -> Any:
+    return _BLANKS[kind]()
+
+
+def _fill(value: Any, fields: dict[str, Any]) -> None:
+    for name, item in fields.items():
+        setattr(value, name, item)
+
+
+def _whole(value: Any) -> tuple[Any, ...]:
+    fields = {name: getattr(value, name) for name in _ATTRIBUTES[type(value)]}
+    return _blank, (type(value),), fields, None, None, _fill
+
+
+class _Saver(pickle.Pickler):
+    dispatch_table = {**copyreg.dispatch_table, **dict.fromkeys(_BLANKS, _whole)}  # noqa: RUF012
+
+
+def save(world: World) -> bytes:
+    """For `pickle.loads`."""
+    out = io.BytesIO()
+    _Saver(out, -1).dump(world)
+    return out.getvalue()
+
+
 def _bare(value: Any) -> tuple[Any, ...]:
-    skip = _COSMETIC[type(value)]
-    fields = {name: item for name, item in value.__dict__.items() if name not in skip}
+    kind = type(value)
+    skip = _COSMETIC.get(kind, set())
+    names = _ATTRIBUTES.get(kind, getattr(value, "__dict__", {}))
+    fields = {name: getattr(value, name) for name in names if name not in skip}
     if isinstance(value, Engine):
         # fingerprints know contents and not identities
         fields["fresh"] = [
             (value.world.usable(value, name), name in value.maps_due and value.maps_due[name][0] is link)
             for name, link in value.links.items()
         ]
-    return (type(value), (), fields)
+    return (kind, (), fields)
 
 
 class _Fingerprint(pickle.Pickler):
-    dispatch_table = {**copyreg.dispatch_table, **dict.fromkeys(_COSMETIC, _bare)}  # noqa: RUF012
+    dispatch_table = {**copyreg.dispatch_table, **dict.fromkeys((*_BLANKS, *_COSMETIC), _bare)}  # noqa: RUF012
 
 
 def freeze(world: World) -> bytes:
@@ -298,7 +357,7 @@ def explore(
     ways: dict[Hashable, int] = {}
     key: Hashable = (freeze(world), budget)
     first[key], ways[key] = None, 1
-    level = {key: (pickle.dumps(world, -1), budget)}
+    level = {key: (save(world), budget)}
 
     def way(state: Hashable, last: Event) -> list[Event]:
         events = [last]
@@ -322,7 +381,7 @@ def explore(
                         first[reached], ways[reached] = (state, event), 0
                         over = settled(after, left)
                         if not over:
-                            following[reached] = (pickle.dumps(after, -1), left)
+                            following[reached] = (save(after), left)
                         if over or "attach" in event[0] or event[0] == "replace":
                             report.rests += 1
                             after.finish(current(after))

@@ -17,7 +17,8 @@ from typing import Any
 from engine import ops
 from engine.controller import core as decide
 from engine.controller import lineage
-from engine.controller.core import Core, ReplicaState
+from engine.controller.actions import Disconnect, Faulted, Fenced, ReplicaState, Rest, WriteRecord
+from engine.controller.core import Core
 from engine.controller.foresight import Foresight
 from engine.wire.messages import SnapshotEntry
 
@@ -313,7 +314,7 @@ class Judge:
         }
         return Ask(op, 0, 0, [], upto), b""
 
-    def answered(self, ask: Ask, error: int, data: bytes) -> None:
+    def answered(self, ask: Ask, error: int, data: ops.Data) -> None:
         assert not error, f"error {error} for {ask}"
         self.acknowledged += 1
         if ask.op == ops.READ:
@@ -497,18 +498,18 @@ class Engine:
             actions, core.actions = core.actions, []
             for action in actions:
                 match action:
-                    case decide.WriteRecord(in_sync):
+                    case WriteRecord(in_sync):
                         assert self.record_wanted is None
                         self.record_wanted = in_sync
-                    case decide.Disconnect(name, _):
+                    case Disconnect(name, _):
                         self.links.pop(name, None)
                         self.maps_due.pop(name, None)
-                    case decide.Rest():
+                    case Rest():
                         core.rested()
-                    case decide.Fenced():
+                    case Fenced():
                         self.fenced = True
                         self.dead = True
-                    case decide.Faulted():
+                    case Faulted():
                         self.dead = True
 
     def write_record(self) -> None:

@@ -6,7 +6,8 @@ import errno
 
 import pytest
 
-from engine.controller.core import NO_SPACE, OK, Core, ReplicaState
+from engine.controller.actions import ReplicaState
+from engine.controller.core import NO_SPACE, OK, Core
 from engine.ops import READ, WRITE
 
 MIB = 1 << 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from engine.controller import actions
 from engine.controller import core as decide
 from engine.controller.core import OK, Core
 from engine.ops import FLUSH, READ, WRITE
@@ -58,7 +59,7 @@ def test_a_replica_may_leave_meanwhile() -> None:
     core.lost(R2, "it broke")
     ((_, track, _),) = sent(core)
     core.answered(R1, track, OK)
-    assert decide.WriteRecord(("r1",)) in core.actions
+    assert actions.WriteRecord(("r1",)) in core.actions
     # the record still names it, so the write is not whole
     assert not core.quiet
     core.recorded(("r1",))

@@ -12,6 +12,7 @@ import pytest
 import trio
 
 from engine.controller import snapshots
+from engine.controller.chains import Answers
 from engine.controller.driver import Controller
 from engine.controller.progress import Progress
 from engine.errors import (
@@ -255,13 +256,14 @@ async def test_a_replica_that_fails_the_switch_leaves_before_the_answer(
 ) -> None:
     async with three.attached(request_timeout=1.0) as volume:
         await volume.write(0, b"x" * BLOCK)
-        hold = volume.core.hold
+        call_all = volume.call_all
 
-        def hold_and_stop() -> None:
-            hold()
-            os.kill(three.processes["r2"].pid, signal.SIGSTOP)
+        async def stop_and_call(mask: int, kind: FrameType, message: messages.Message | None = None) -> Answers:
+            if kind == FrameType.SNAPSHOT:
+                os.kill(three.processes["r2"].pid, signal.SIGSTOP)
+            return await call_all(mask, kind, message)
 
-        monkeypatch.setattr(volume.core, "hold", hold_and_stop)
+        monkeypatch.setattr(volume, "call_all", stop_and_call)
         await create(volume, "s")
         assert three.store.read().in_sync == ("r1", "r3")
         os.kill(three.processes["r2"].pid, signal.SIGCONT)

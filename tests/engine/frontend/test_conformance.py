@@ -17,9 +17,8 @@ import trio
 
 from engine.frontend import FRONTENDS, frontend
 from engine.frontend import device as device_module
-from engine.frontend.base import BlockRequest
 from engine.frontend.fuse_device import FuseDevice
-from engine.ops import READ, UNMAP, WRITE
+from engine.ops import READ, UNMAP, WRITE, BlockRequest
 from engine.poller import Poller
 
 pytestmark = [pytest.mark.system, pytest.mark.parametrize("name", FRONTENDS)]

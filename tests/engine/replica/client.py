@@ -84,8 +84,8 @@ class Client:
         check_proof(auth.proof, proof(key, "replica", theirs.version, nonce, theirs.nonce), "the replica")
         self.replica, self.instance = auth.replica, auth.instance
 
-    async def open(self, epoch: int, incarnation: int = 1, uuid: str = UUID) -> Frame:
-        wanted = messages.Open(volume_uuid=uuid, epoch=epoch, incarnation=incarnation)
+    async def open(self, epoch: int, incarnation: int = 1, uuid: str = UUID, *, gathers: bool = False) -> Frame:
+        wanted = messages.Open(volume_uuid=uuid, epoch=epoch, incarnation=incarnation, gathers=gathers)
         return await self.call(FrameType.OPEN, messages.encode(wanted))
 
     async def write(self, offset: int, data: bytes, seq: int | None = None) -> Frame:

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from engine.replica import connection, direct
+from engine.replica import direct, executor
 from engine.store import Store
 from engine.wire import messages
-from engine.wire.frame import REPLY, FrameType, Status, encode_frame
+from engine.wire.frame import REPLY, FrameType, Status, decode_written, encode_frame
 from tests.engine.replica.client import connect
 from tests.engine.replica.conftest import ReplicaProcess
 from tests.engine.replica.inside import SIZE, inside, until
@@ -39,6 +39,43 @@ async def test_open_tells_the_state_of_the_replica(tmp_path: Path) -> None:
         )
         assert (replica.store.token, replica.store.meta.dirty) == ((3, 2), True)
         assert (await client.open(3, 2, uuid="another"))[1] == Status.WRONG_VOLUME
+
+
+@pytest.mark.parametrize("gathers", [True, False])
+async def test_writes_that_come_together_are_answered_together_to_who_knows_it(tmp_path: Path, gathers: bool) -> None:
+    async with inside(tmp_path) as replica, connect(replica.address) as client:
+        await client.open(1, gathers=gathers)
+        # their region's intent bit is set then
+        await client.write(0, b"0", seq=9)
+        ranges = {10: (4096, b"x"), 11: (8192, b"yy"), 12: (SIZE, b"out"), 13: (12288, b"zzz")}
+        frames = [
+            encode_frame(FrameType.WRITE, seq, data, offset=offset, length=len(data))
+            for seq, (offset, data) in ranges.items()
+        ]
+        await client.stream.send_all(b"".join([*frames, encode_frame(FrameType.PING, 14)]))
+        kinds: list[tuple[int, int]] = []
+        done: set[int] = set()
+        while len(done) < 5:
+            kind, status, seq, _, length, payload = await client.receive()
+            kinds.append((kind, status))
+            if kind == FrameType.WRITTEN | REPLY:
+                assert seq == decode_written(payload)[0]
+                assert length == len(decode_written(payload))
+                done |= set(decode_written(payload))
+            else:
+                done.add(seq)
+        assert done == {*ranges, 14}
+        write = FrameType.WRITE | REPLY
+        if gathers and replica.server.io != "direct":
+            expected = [(write, 6), (FrameType.PING | REPLY, 0), (FrameType.WRITTEN | REPLY, 0)]
+        else:
+            expected = [(write, 0), (write, 0), (write, 0), (write, 6), (FrameType.PING | REPLY, 0)]
+        assert sorted(kinds) == sorted(expected)
+        assert (await client.read(4096, 3 * 4096))[5] == b"x".ljust(4096, b"\0") + b"yy".ljust(4096, b"\0") + (
+            b"zzz".ljust(4096, b"\0")
+        )
+        status_now = await client.status()
+        assert (status_now.writes, status_now.written_bytes) == (4, 7)
 
 
 @pytest.mark.parametrize("kind", ["read", "write", "unmap"])
@@ -79,6 +116,7 @@ async def test_without_an_open_only_harmless_requests_are_served(tmp_path: Path)
         assert (await client.status()).replica == "r1"
         for kind in set(FrameType) - {
             FrameType.HELLO, FrameType.AUTH, FrameType.PING, FrameType.STATUS, FrameType.OPEN, FrameType.WATCH,
+            FrameType.WRITTEN,
         }:  # fmt: skip
             payload = {
                 FrameType.TRACK: messages.encode(messages.Track(names=())),
@@ -183,7 +221,7 @@ async def test_a_reader_that_does_not_read_is_not_buffered_without_end(tmp_path:
         serving = replica.server.owner
         assert serving is not None
         submitted = direct.LARGE_COUNT * MIB if replica.disk is not None else MIB
-        assert serving._unsent <= connection.MAX_UNSENT + submitted + MIB
+        assert serving._unsent <= executor.MAX_UNSENT + submitted + MIB
         async with connect(replica.address) as other:
             assert (await other.call(FrameType.PING))[1] == Status.OK
         replies = [(await client.receive())[:3] for _ in range(100)]

@@ -81,6 +81,7 @@ async def test_who_is_not_the_owner_gets_no_watch(tmp_path: Path) -> None:
             await until(lambda: replica.server._watched is None)
             async with watching(replica.address, 3, 2):
                 pass
+            assert (await owner.call(FrameType.WATCH, token(3, 2)))[1] == Status.BAD_REQUEST
 
 
 async def test_nothing_else_can_be_asked_there(tmp_path: Path) -> None:

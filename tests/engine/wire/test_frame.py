@@ -20,7 +20,9 @@ from engine.wire.frame import (
     FrameReader,
     FrameType,
     Status,
+    decode_written,
     encode_frame,
+    encode_written,
 )
 
 
@@ -49,6 +51,16 @@ def assert_survives(reader: FrameReader, wanted: list[Frame], cuts: list[int]) -
         turn += 1
     assert got == wanted
     assert not reader.partial
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=300))
+def test_a_written_names_the_writes_that_it_answers(seqs: list[int]) -> None:
+    header, body = encode_written(seqs)
+    ((kind, status, seq, _, length, payload),) = feed(FrameReader(), header + body)
+    assert (kind, status, seq, length) == (FrameType.WRITTEN | REPLY, 0, seqs[0], len(seqs))
+    assert decode_written(payload) == seqs
+    with pytest.raises(ProtocolError, match="WRITTEN of"):
+        decode_written(payload[:-1])
 
 
 def test_golden_bytes_of_a_write() -> None:
@@ -80,6 +92,7 @@ def test_golden_bytes_of_a_confirm() -> None:
 def test_the_core_and_the_wire_agree_on_numbers() -> None:
     for name in ("READ", "WRITE", "FLUSH", "UNMAP"):
         assert getattr(ops, name) == FrameType[name]
+    assert int(FrameType.WRITTEN) == frame.WRITTEN
     for name in ("PING", "SETTLED", "TRACK", "STATE", "READ_LAYER", "WRITE_LAYER"):
         assert getattr(core, name) == FrameType[name]
     for name in ("OK", "STALE_EPOCH", "NO_SPACE"):
