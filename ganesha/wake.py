@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import subprocess
 from collections.abc import Iterator, Mapping
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -12,6 +14,19 @@ from pathlib import Path
 LIBRARY = Path(__file__).with_name(f"_wake{EXTENSION_SUFFIXES[0]}")
 FIFO = "wake"
 _SEPARATORS = " :"  # ld.so(8): LD_PRELOAD has no way to quote them
+
+
+def hindrance(program: str) -> str:
+    """Why this ganesha cannot be woken, or nothing. It works all the same, and its grace periods may last longer."""
+    if not LIBRARY.exists():
+        return f"{LIBRARY.name} was not built with this package"
+    if any(separator in str(LIBRARY) for separator in _SEPARATORS):
+        return f"{LIBRARY} has a space or a colon in its name"
+    linked = subprocess.run(["ldd", program], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"libganesha_nfsd\S* => (\S+)", linked)
+    if found is None or b"\0reaper_wake\0" not in Path(found[1]).read_bytes():
+        return f"{program} does not export reaper_wake"
+    return ""
 
 
 def make(run_dir: Path) -> None:

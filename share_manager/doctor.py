@@ -13,6 +13,8 @@ from typing import Literal
 
 import msgspec
 
+from engine.controller import core
+from ganesha.wake import hindrance
 from share_manager.errors import PACKAGES, AddressError, MissingProgramError, PortInUseError
 from share_manager.share.commands import environment, find_program
 from share_manager.share.procfs import CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN, CAP_SYS_RESOURCE, holds_capability
@@ -142,6 +144,26 @@ def check_program(name: str, why: str, make: Callable[[str, str, str], Check]) -
         return make(f"program: {name}", f"not installed: {why}", f"apt-get install {package}")
 
 
+def check_compiled() -> Check:
+    if core.__file__.endswith(".py"):
+        return warning("engine", "not compiled: it takes twice the time", "install the package anew with a C compiler")
+    return passed("engine", "compiled")
+
+
+def check_grace() -> Check:
+    """A grace period ends with the last client that comes back, where ganesha can be told to look."""
+    name = "grace period"
+    try:
+        why = hindrance(find_program("ganesha.nfsd"))
+    except MissingProgramError:
+        why = "there is no ganesha"
+    if why:
+        return warning(
+            name, f"may last seconds longer than it must: {why}", "use Debian's nfs-ganesha, and this package's wheel"
+        )
+    return passed(name, "ends with the last client that comes back")
+
+
 def check_mtab() -> Check:
     """ganesha finds filesystems in /etc/mtab; without it handles carry no UUID."""
     if os.path.exists("/etc/mtab"):
@@ -219,6 +241,8 @@ def examine(data_dir: Path, address: str, port: int) -> list[Check]:
         check_filesystem("nfs4", known, "needed only to mount shares on this machine", warning),
         *(check_program(name, why, failed) for name, why in _PROGRAM_PACKAGES.items()),
         *(check_program(name, why, warning) for name, why in _OPTIONAL_PROGRAMS.items()),
+        check_compiled(),
+        check_grace(),
         check_mtab(),
         check_nfs_port(address, port),
         check_direct_io(data_dir),
