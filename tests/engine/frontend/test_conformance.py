@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 import trio
 
-from engine.frontend import FRONTENDS, frontend
-from engine.frontend import device as device_module
+from engine.frontend import FRONTENDS, frontend, session
 from engine.frontend.fuse_device import FuseDevice
 from engine.ops import READ, UNMAP, WRITE, BlockRequest
 from engine.poller import Poller
@@ -317,7 +316,7 @@ async def test_more_large_writes_at_once_than_are_taken_in_at_a_time(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     length = 128 << 10
-    monkeypatch.setattr(device_module, "_MAX_BULK", 4 * length)
+    monkeypatch.setattr(session, "_MAX_BULK", 4 * length)
     async with served(name, tmp_path) as (volume, path):
         volume.hold = trio.Event()
         count = SIZE // length

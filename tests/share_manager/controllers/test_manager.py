@@ -22,8 +22,9 @@ from share_manager.controllers.storage_node import RENEW
 from share_manager.kube.client import Client
 from share_manager.kube.core import Event, Lease, Node, Pod, Secret, Service
 from share_manager.kube.errors import ExistsError, KubeError
+from share_manager.kube.informer import Informer
 from share_manager.kube.leader import timestamp
-from share_manager.kube.meta import ObjectMeta
+from share_manager.kube.meta import Object, ObjectMeta
 from share_manager.kube.resources import (
     ERASE_ANNOTATION,
     FINALIZER,
@@ -319,6 +320,81 @@ async def test_a_hung_leader_is_deposed_and_does_nothing_more(
 
     await until(placed, controllers)
     assert await led_by("two")
+
+
+class Killer:
+    """Kills the leader whenever an object was changed: after each of its writes, and before it sees those of others."""
+
+    def __init__(self, kube: Client, controllers: Controllers) -> None:
+        self.kube = kube
+        self.controllers = controllers
+        self.kills: list[str] = []
+        self._started = 0
+        self._changed = trio.Event()
+        self._last = ""
+
+    def start(self) -> None:
+        self._started += 1
+        self.controllers.start(f"c{self._started}")
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        async with trio.open_nursery() as nursery:
+            for kind in (Volume, VolumeRecord, Replica, ShareManager, Service, Pod):
+                informer = Informer(self.kube, kind, changed=self._saw)
+                nursery.start_soon(informer.run)
+                await informer.synced.wait()
+            for _ in range(2):
+                self.start()
+            task_status.started()
+            while True:
+                await self._changed.wait()
+                self._changed = trio.Event()
+                with contextlib.suppress(KubeError):
+                    await self._kill()
+
+    def _saw(self, item: Object) -> None:
+        self._last = f"{item.PLURAL}/{item.name}"
+        self._changed.set()
+
+    async def _kill(self) -> None:
+        lease = await self.kube.find(Lease, LEADER_LEASE)
+        if lease is None or lease.spec.holder_identity not in self.controllers.running:
+            return
+        self.controllers.kill(lease.spec.holder_identity)
+        self.kills.append(self._last)
+        self.start()
+        # that a lease runs out is shown elsewhere
+        await self.kube.patch(Lease, LEADER_LEASE, {"spec": {"holderIdentity": ""}})
+
+
+async def test_the_leader_is_killed_at_every_step(
+    kube: Client, nodes: Nodes, controllers: Controllers, nursery: trio.Nursery
+) -> None:
+    killer = Killer(kube, controllers)
+    await nursery.start(killer.run)
+    await kube.create(Volume(metadata=ObjectMeta(name="vol1"), spec=VolumeSpec(size=1 << 30, replicas=2)))
+    await until(state_is(kube, "stopped"), controllers, 120)
+    await kube.patch(ShareManager, "vol1", {"spec": {"attachments": {nodes.names[0]: {}}}})
+    share = await until(state_is(kube, "running"), controllers, 120)
+    nodes.dead.add(share.status.node)
+    after = await until(state_is(kube, "running", but=share.status.pod), controllers, 120)
+    assert after.status.endpoint == share.status.endpoint
+    assert after.status.node != share.status.node
+    assert after.status.epoch > share.status.epoch
+    await kube.patch(ShareManager, "vol1", {"spec": {"attachments": None}})
+    await until(state_is(kube, "stopped"), controllers, 120)
+    assert len((await kube.list(Replica)).items) == 2
+    await kube.patch(Volume, "vol1", {"metadata": {"annotations": {ERASE_ANNOTATION: "vol1"}}})
+    nodes.dead.clear()
+    await kube.delete(Volume, "vol1")
+
+    async def gone() -> bool:
+        kinds = (Volume, VolumeRecord, Replica, ShareManager, Service, Pod)
+        return not any([(await kube.list(kind)).items for kind in kinds])
+
+    await until(gone, controllers, 120)
+    print(f"{len(killer.kills)} leaders killed, after changes of: {', '.join(killer.kills)}")
+    assert len(killer.kills) >= 15
 
 
 async def test_what_a_hundred_idle_shares_write(
