@@ -210,6 +210,8 @@ class NodeHome:
         self._network = share.network
         with contextlib.ExitStack() as stack:
             self._door = stack.enter_context(door(self._paths.volume, self._options.port, self._network.namespace))
+            # closed after a move, and as long as this one stands by; but it must not outlive its volume's process
+            stack.callback(self._door.open)
             self.lifeline = self._served_records.lifeline = stack.enter_context(lifeline(self.handover.instance))
             await self._tenures(share, state, serve)
 

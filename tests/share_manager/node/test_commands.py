@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,6 +91,9 @@ def test_a_volume_on_two_nodes_is_made_served_moved_and_stopped(start: Start, co
     for host in hosts.values():
         assert host.stop() == (0, "")
     assert runtime_directories(volume) == []
+    # the one that was moved away from had shut its door
+    tables = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=True).stdout
+    assert volume.replace("-", "_") not in tables
     stopped = run_command("status", volume, "--data-dir", str(place / "a"), "--output", "json")
     assert json.loads(stopped.stdout)["state"] == "stopped"
     assert run_command("records", "gone", volume, "--client", "worker-3", *common).returncode == 0
