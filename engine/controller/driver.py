@@ -2,7 +2,7 @@
 
 One task reads each connection, one sends what a round of events queued, one ticks, one writes the record, and one
 per replica brings it back when it is absent. All of them run on one thread and touch the core only between awaits;
-`_drain` is the one place where the core's output is carried out, and it never awaits.
+`Pipeline.drain` is the one place where the core's output is carried out, and it never awaits.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ _JOINED: Final = 16 << 10
 
 
 class Pipeline:
-    """`act` carries out what is rare, `stirred` is called after that, and after every round while `watched`.
+    """`act` carries out what is rare, `stirred` is called after that, and after every round of a core that
+    drains or holds.
 
     `ping` sends a ping another way than over the replica's stream, if there is one: then it returns True.
     """
@@ -43,7 +44,7 @@ class Pipeline:
         ping: Callable[[Stream, int, bytes], bool],
     ) -> None:
         self.core = core
-        self.streams: dict[int, Stream] = {}
+        self._streams: dict[int, Stream] = {}
         self.operations = {op: Operation() for op in (READ, WRITE, FLUSH, UNMAP)}
         self._act = act
         self._stirred = stirred
@@ -52,11 +53,11 @@ class Pipeline:
 
     def connect(self, stream: Stream) -> None:
         """Requests for its replica go this way from now on."""
-        self.streams[stream.bit] = stream
+        self._streams[stream.bit] = stream
         self._routes.clear()
 
     def disconnect(self, bit: int) -> None:
-        self.streams.pop(bit, None)
+        self._streams.pop(bit, None)
         self._routes.clear()
 
     def submit(self, request: BlockRequest) -> None:
@@ -134,7 +135,7 @@ class Pipeline:
     def _route(self, mask: int) -> list[Stream]:
         route = self._routes.get(mask)
         if route is None:
-            route = self._routes[mask] = [stream for bit, stream in self.streams.items() if bit & mask]
+            route = self._routes[mask] = [stream for bit, stream in self._streams.items() if bit & mask]
         return route
 
     def readable(self, stream: Stream) -> None:

@@ -34,6 +34,7 @@ from engine.wire.layers import BLOCK, decode_layer, layer_name
 
 if TYPE_CHECKING:
     from engine.replica.connection import Connection
+    from engine.replica.direct import Direct
     from engine.replica.server import Server
 
 log = structlog.get_logger()
@@ -198,11 +199,7 @@ class Executor:
             elif kind == UNMAP:
                 if offset + length > size or not 0 < length <= MAX_REQUEST or payload:
                     self._bad_range(frames[index])
-                elif not regions.touch(offset >> REGION_SHIFT, (offset + length - 1) >> REGION_SHIFT, seq):
-                    server.park(connection, frames[index])
-                elif direct is None:
-                    self.apply(frames[index])
-                elif not direct.unmap(connection, frames[index]):
+                elif not self._change(frames[index], direct):
                     return index
             elif kind == PING:
                 self.reply(kind, 0, seq)
@@ -217,11 +214,7 @@ class Executor:
             elif kind == WRITE_LAYER and not layer_name(payload):
                 if not self._fits_head(frames[index]):
                     self._bad_range(frames[index])
-                elif not regions.touch(offset >> REGION_SHIFT, (offset + length - 1) >> REGION_SHIFT, seq):
-                    server.park(connection, frames[index])
-                elif direct is None:
-                    self.apply(frames[index])
-                elif not direct.unmap(connection, frames[index]):
+                elif not self._change(frames[index], direct):
                     return index
             elif kind in BACKGROUND:
                 if kind in RANGED and (offset + length > size or not 0 < length <= MAX_REQUEST):
@@ -233,6 +226,18 @@ class Executor:
             else:
                 raise ProtocolError(f"unknown frame type {kind:#x}")
         return len(frames)
+
+    def _change(self, frame: Frame, direct: Direct | None) -> bool:
+        """An unmap, or what becomes one in part, within the volume; False: it has to be brought again later."""
+        _, _, seq, offset, length, _ = frame
+        server, connection = self.server, cast("Connection", self)
+        if not server.store.maps.touch(offset, length, seq):
+            server.park(connection, frame)
+        elif direct is None:
+            self.apply(frame)
+        else:
+            return direct.unmap(connection, frame)
+        return True
 
     def apply(self, frame: Frame) -> None:
         """A write or unmap that its maps admit, and its reply."""

@@ -120,7 +120,7 @@ _SEQ = struct.Struct("<Q")
 def encode_written(seqs: list[int]) -> tuple[bytes, bytes]:
     """Header and payload of the answer to several WRITEs at once."""
     body = struct.pack(f"<{len(seqs)}Q", *seqs)
-    return encode_header(FrameType.WRITTEN | REPLY, 0, seqs[0], 0, len(seqs), len(body), crc32c(body)), body
+    return encode_header(WRITTEN | REPLY, 0, seqs[0], 0, len(seqs), len(body), crc32c(body)), body
 
 
 def decode_written(payload: Any) -> list[int]:

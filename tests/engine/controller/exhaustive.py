@@ -254,7 +254,7 @@ def _whole(value: Any) -> tuple[Any, ...]:
 
 
 class _Saver(pickle.Pickler):
-    dispatch_table = {**copyreg.dispatch_table, **dict.fromkeys(_BLANKS, _whole)}  # noqa: RUF012
+    dispatch_table = {**copyreg.dispatch_table, **dict.fromkeys(_BLANKS, _whole)}  # noqa: RUF012 - where pickle looks for it
 
 
 def save(world: World) -> bytes:
@@ -279,7 +279,7 @@ def _bare(value: Any) -> tuple[Any, ...]:
 
 
 class _Fingerprint(pickle.Pickler):
-    dispatch_table = {**copyreg.dispatch_table, **dict.fromkeys((*_BLANKS, *_COSMETIC), _bare)}  # noqa: RUF012
+    dispatch_table = {**copyreg.dispatch_table, **dict.fromkeys((*_BLANKS, *_COSMETIC), _bare)}  # noqa: RUF012 - where pickle looks for it
 
 
 def freeze(world: World) -> bytes:

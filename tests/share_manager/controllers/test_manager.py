@@ -205,6 +205,16 @@ def state_is(kube: Client, state: str, but: str = "") -> Callable[[], Any]:
     return look
 
 
+OF_A_VOLUME = (Volume, VolumeRecord, Replica, ShareManager, Service, Pod)
+
+
+def nothing_is_left(kube: Client) -> Callable[[], Any]:
+    async def look() -> bool:
+        return not any([(await kube.list(kind)).items for kind in OF_A_VOLUME])
+
+    return look
+
+
 REFUSED = re.compile(
     r'(?:"(?P<name>[^"]+)" )?is forbidden: User "(?P<user>[^"]+)" cannot (?P<verb>\w+) resource '
     r'"(?P<resource>[^"/]+)/?(?P<subresource>[^"]*)" in API group "(?P<group>[^"]*)" '
@@ -284,12 +294,7 @@ async def test_a_volume_from_its_making_to_its_end(
     await kube.patch(Volume, "vol1", {"metadata": {"annotations": {ERASE_ANNOTATION: "vol1"}}})
     nodes.dead.clear()
     await kube.delete(Volume, "vol1")
-
-    async def gone() -> bool:
-        kinds = (Volume, VolumeRecord, Replica, ShareManager, Service, Pod)
-        return not any([(await kube.list(kind)).items for kind in kinds])
-
-    await until(gone, controllers)
+    await until(nothing_is_left(kube), controllers)
     reasons = {event.reason for event in (await kube.list(Event)).items}
     assert {"Created", "Healthy", "Starting", "Running", "FailingOver", "FailedOver", "Stopping", "Stopped"} <= reasons
     assert controllers.kill("two", signal.SIGTERM) == 0
@@ -339,7 +344,7 @@ class Killer:
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         async with trio.open_nursery() as nursery:
-            for kind in (Volume, VolumeRecord, Replica, ShareManager, Service, Pod):
+            for kind in OF_A_VOLUME:
                 informer = Informer(self.kube, kind, changed=self._saw)
                 nursery.start_soon(informer.run)
                 await informer.synced.wait()
@@ -387,12 +392,7 @@ async def test_the_leader_is_killed_at_every_step(
     await kube.patch(Volume, "vol1", {"metadata": {"annotations": {ERASE_ANNOTATION: "vol1"}}})
     nodes.dead.clear()
     await kube.delete(Volume, "vol1")
-
-    async def gone() -> bool:
-        kinds = (Volume, VolumeRecord, Replica, ShareManager, Service, Pod)
-        return not any([(await kube.list(kind)).items for kind in kinds])
-
-    await until(gone, controllers, 120)
+    await until(nothing_is_left(kube), controllers, 120)
     print(f"{len(killer.kills)} leaders killed, after changes of: {', '.join(killer.kills)}")
     assert len(killer.kills) >= 15
 
