@@ -70,13 +70,12 @@ class Ring:
         self._iocbs = bytearray(_IOCB.size * depth)
         self._iocbs_at = _address(self._iocbs)
         self._queue = (ctypes.c_uint64 * depth)()
-        self._queue_at = ctypes.addressof(self._queue)
         self._queued = 0
         self._events = bytearray(_EVENT.size * depth)
         self._events_at = ctypes.c_void_p(_address(self._events))
         self._one, self._poll = ctypes.c_long(1), _TIMESPEC.pack(0, wait_ns)
         self._poll_at = ctypes.c_char_p(self._poll)
-        self._zero, self._depth, self._null = ctypes.c_long(0), ctypes.c_long(depth), ctypes.c_void_p(None)
+        self._zero, self._depth, self._no_wait = ctypes.c_long(0), ctypes.c_long(depth), ctypes.c_void_p(None)
         self._failed: deque[tuple[int, int]] = deque()
 
     def prepare(self, tag: int, opcode: int, fd: int, address: int, length: int, offset: int, flags: int) -> None:
@@ -95,7 +94,7 @@ class Ring:
         """Hand over what was prepared, and return how many. What the kernel refuses completes with its error."""
         count, self._queued = self._queued, 0
         if count:
-            self._hand_over(self._queue_at, count)
+            self._hand_over(self._queue, count)
         return count
 
     def submit_all(self, tags: Sequence[int]) -> None:
@@ -103,9 +102,11 @@ class Ring:
         for tag in tags:
             _FLAGS.pack_into(self._iocbs, tag * 64 + _FLAGS_AT, 0)
         queue = (ctypes.c_uint64 * len(tags))(*(self._iocbs_at + tag * 64 for tag in tags))
-        self._hand_over(ctypes.addressof(queue), len(tags))
+        self._hand_over(queue, len(tags))
 
-    def _hand_over(self, queue_at: int, count: int) -> None:
+    def _hand_over(self, queue: ctypes.Array[ctypes.c_uint64], count: int) -> None:
+        # the array, not its address: compiled code lets go of what it does not name any more
+        queue_at = ctypes.addressof(queue)
         done = 0
         while done < count:
             taken = _syscall(
@@ -137,7 +138,7 @@ class Ring:
                 os.eventfd_read(self.eventfd)
             except BlockingIOError:
                 return []
-            count = _syscall(self._getevents, self._context, self._zero, self._depth, self._events_at, self._null)
+            count = _syscall(self._getevents, self._context, self._zero, self._depth, self._events_at, self._no_wait)
         found = []
         while self._failed:  # appended to by threads
             found.append(self._failed.popleft())

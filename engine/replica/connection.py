@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
 import time
 from typing import TYPE_CHECKING
@@ -12,17 +11,12 @@ import structlog
 import trio
 
 from engine.errors import AuthenticationError, ProtocolError, VersionError
-from engine.poller import BUDGET, LINGER
-from engine.replica.executor import AUTH, CONTROL, HELLO, MAX_UNSENT, WATCH, Executor
+from engine.readiness import BUDGET
+from engine.replica.exchange import FULL, QUIET, ConnectionEndError, Exchange
+from engine.replica.executor import AUTH, HELLO, MAX_UNSENT, WATCH
 from engine.replica.watch import Confirm, Watch
 from engine.wire import messages
-from engine.wire.frame import (
-    HEADER_SIZE,
-    MAX_PAYLOAD,
-    Frame,
-    FrameReader,
-    Status,
-)
+from engine.wire.frame import Frame, FrameReader, Status
 from engine.wire.handshake import NONCE_SIZE, check_proof, choose_version, new_nonce, proof
 
 if TYPE_CHECKING:
@@ -33,21 +27,15 @@ log = structlog.get_logger()
 HANDSHAKE_SECONDS = 5.0
 
 
-class ConnectionEndError(Exception):
-    """The peer closed."""
+class Connection(Exchange):
+    server: Server
 
-
-class Connection(Executor):
     def __init__(self, server: Server, sock: socket.socket, peer: str) -> None:
         super().__init__(server, sock, peer)
         self.authenticated = False
         self.read_scope = trio.CancelScope()
         self._scope = trio.CancelScope()
-        self._reader = FrameReader(HEADER_SIZE + MAX_PAYLOAD)
-        self._draining: trio.Event | None = None
         self._nursery: trio.Nursery | None = None
-        self._poll: select.poll | None = None
-        self._give_way = 0.0
 
     async def run(self) -> None:
         """Serve until the peer leaves or misbehaves; never raises for what a peer does."""
@@ -55,11 +43,12 @@ class Connection(Executor):
         try:
             with self._scope:
                 async with trio.open_nursery() as self._nursery:
+                    self.open = True
                     with self.read_scope:
                         try:
                             with trio.fail_after(HANDSHAKE_SECONDS):
-                                frames = await self._handshake()
-                            await self._serve(frames)
+                                self.take(await self._handshake())
+                            await self._serve()
                         except trio.TooSlowError:
                             reason = "not authenticated in time"
                         except (ProtocolError, VersionError) as error:
@@ -69,12 +58,12 @@ class Connection(Executor):
                         except OSError as error:
                             reason = error.strerror or str(error)
                         # what was answered before the end, and why a handshake was refused, is worth a try
-                        if self._draining is None:
+                        if self.draining is None:
                             self.send_some()
                         self._nursery.cancel_scope.cancel()
                     await trio.sleep_forever()
         finally:
-            self._nursery = None
+            self.open = False
             self._sock.close()
             if reason:
                 log.warning("connection closed", peer=self.peer, reason=reason)
@@ -93,49 +82,16 @@ class Connection(Executor):
 
     async def drained(self) -> None:
         """Wait until everything replied so far is with the kernel."""
-        while self._draining is not None:
-            await self._draining.wait()
+        while self.draining is not None:
+            await self.draining.wait()
 
     async def _receive(self) -> list[Frame]:
         self.send()
         while True:
-            if not self._linger():
-                await trio.lowlevel.wait_readable(self._sock)
-                self._give_way = time.monotonic() + BUDGET
-            try:
-                count = self._sock.recv_into(self._reader.space())
-            except BlockingIOError:
-                continue
-            if not count:
-                if self._reader.partial:
-                    raise ProtocolError("the connection ended within a frame")
-                raise ConnectionEndError
-            self._reader.received(count)
-            if frames := self._reader.frames():
+            await trio.lowlevel.wait_readable(self._sock)
+            self.receive()
+            if frames := self.received:
                 return frames
-
-    def _linger(self) -> bool:
-        """Wait a moment for the owner's next frames, past the event loop (see engine.poller); whether there are any."""
-        if self.server.owner is not self:
-            return False
-        completions = self.server.completions
-        if self._poll is None:
-            self._poll = select.poll()
-            for fd in (self._sock.fileno(), *completions):
-                self._poll.register(fd, select.POLLIN)
-        while time.monotonic() < self._give_way and not self.server.busy:
-            events = self._poll.poll(LINGER * 1000)
-            if not events:
-                return False
-            readable = False
-            for fd, _ in events:
-                if fd in completions:
-                    completions[fd]()
-                else:
-                    readable = True
-            if readable:
-                return True
-        return False
 
     async def _handshake(self) -> list[Frame]:
         """Returns the frames that came right behind the proof. Raises ProtocolError, VersionError."""
@@ -168,9 +124,9 @@ class Connection(Executor):
             self.reply(AUTH, Status.UNAUTHENTICATED, seq)
             raise
         self.authenticated = True
-        if not self._reader.partial:
+        if not self.reader.partial:
             # its room is for peers that have proven something
-            self._reader = FrameReader(bulk=self.server.buffers)
+            self.reader = FrameReader(bulk=self.server.buffers)
         answer = messages.AuthReply(
             proof=proof(key, "replica", version, hello.nonce, nonce),
             replica=self.server.store.identity.replica,
@@ -179,48 +135,37 @@ class Connection(Executor):
         self.reply(AUTH, Status.OK, seq, payload=messages.encode(answer))
         return frames
 
-    async def _serve(self, frames: list[Frame]) -> None:
+    async def _serve(self) -> None:
         while True:
-            at, count = 0, len(frames)
-            while at < count:
-                self.server.begin_batch()
-                try:
-                    at = self.execute(frames, at)
-                finally:
-                    self.server.submit()
-                if at < count and frames[at][0] in CONTROL and self._unsent <= MAX_UNSENT:
-                    if frames[at][0] == WATCH:
-                        if at + 1 < count or self._reader.partial:
-                            raise ProtocolError("a frame behind a watch that is not answered yet")
-                        await self.server.watch(self, frames[at])
-                        return
-                    await self.server.control(self, frames[at])
-                    at += 1
+            why = self.go_on()
+            if why == QUIET:
+                await trio.lowlevel.wait_readable(self._sock)
+                self.give_way = time.monotonic() + BUDGET
+                self.receive()
+                continue
+            if why != FULL:
+                frame = self.next_frame()
+                if frame[0] == WATCH:
+                    if not self.last:
+                        raise ProtocolError("a frame behind a watch that is not answered yet")
+                    await self.server.watch(self, frame)
+                    return
+                await self.server.control(self, frame)
                 self.send()
-                await self.server.room()
-                if self._unsent > MAX_UNSENT:
-                    await self.drained()
-            frames = await self._receive()
+            await self.server.room()
+            if self._unsent > MAX_UNSENT:
+                await self.drained()
 
-    def send(self, *, now: bool = False) -> None:
-        """Send what is queued, as far as the kernel takes it now; the rest follows by itself.
-
-        Without `now` it may wait for the answer of a flush that was asked for ahead.
-        """
-        if now:
-            self._together = False
-        if not self._out or self._together or self._draining is not None or self._nursery is None:
-            return
-        if not self.send_some():
-            self._draining = trio.Event()
-            self._nursery.start_soon(self._drain)
+    def drain(self) -> None:
+        assert self._nursery is not None
+        self._nursery.start_soon(self._drain)
 
     async def _drain(self) -> None:
-        drained = self._draining
+        drained = self.draining
         assert drained is not None
         try:
             while not self.send_some():
                 await trio.lowlevel.wait_writable(self._sock)
         finally:
-            self._draining = None
+            self.draining = None
             drained.set()

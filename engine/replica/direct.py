@@ -31,7 +31,7 @@ from engine.wire.frame import REPLY, Frame, FrameType, Status, encode_header
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from engine.replica.connection import Connection
+    from engine.replica.exchange import Exchange
     from engine.replica.server import Server
     from engine.store import IoMode, Store
 
@@ -64,9 +64,9 @@ def open_ring(store: Store, io: IoMode) -> Ring | None:
         return None
 
 
-Item = tuple["Connection", Frame]
+Item = tuple["Exchange", Frame]
 # connection, type, seq, offset, length, payload of an unaligned write, era of a write
-Request = tuple["Connection", int, int, int, int, bytes, Era[Item] | None]
+Request = tuple["Exchange", int, int, int, int, bytes, Era[Item] | None]
 
 
 class Disk(Protocol):
@@ -135,7 +135,7 @@ class Direct:
 
     # requests
 
-    def read(self, connection: Connection, fd: int, seq: int, offset: int, length: int) -> bool:
+    def read(self, connection: Exchange, fd: int, seq: int, offset: int, length: int) -> bool:
         head = offset & 4095
         span = (head + length + 4095) & -4096
         free = self._small if span <= SMALL else self._medium if span <= MEDIUM else self._large
@@ -147,7 +147,7 @@ class Direct:
         self._begin(slot, PREAD, fd, offset - head, span)
         return True
 
-    def write(self, connection: Connection, fd: int, seq: int, offset: int, payload: bytes) -> bool:
+    def write(self, connection: Exchange, fd: int, seq: int, offset: int, payload: bytes) -> bool:
         """The intent bits of the range are durable."""
         length = len(payload)
         head = offset & 4095
@@ -172,7 +172,7 @@ class Direct:
         era.count += 1
         return True
 
-    def unmap(self, connection: Connection, frame: Frame) -> bool:
+    def unmap(self, connection: Exchange, frame: Frame) -> bool:
         """Punching a hole waits for all direct I/O of the file, so a thread does it. Intent bits as for `write`.
 
         A WRITE_LAYER of the head, which punches holes too, goes the same way.
@@ -240,12 +240,12 @@ class Direct:
         self._take(self.ring.completions())
 
     def _take(self, completions: list[tuple[int, int]]) -> None:
-        touched: dict[Connection, None] = {}
+        touched: dict[Exchange, None] = {}
         for slot, result in completions:
             self._completed(slot, result, touched)
         self._settle(touched)
 
-    def _settle(self, touched: Iterable[Connection]) -> None:
+    def _settle(self, touched: Iterable[Exchange]) -> None:
         """After some requests were done."""
         self.ring.submit()  # second halves of unaligned writes, rests of short transfers
         if self._again:
@@ -255,7 +255,7 @@ class Direct:
         for connection in touched:
             connection.send()
 
-    def _completed(self, slot: int, result: int, touched: dict[Connection, None]) -> None:
+    def _completed(self, slot: int, result: int, touched: dict[Exchange, None]) -> None:
         request = self._requests[slot]
         assert request is not None
         connection, kind, seq, offset, length, payload, era = request
@@ -301,7 +301,7 @@ class Direct:
             server.counters.written_bytes += length
         self._finish(slot, offset, length, payload, era)
 
-    def _answers(self, connection: Connection, kind: int, seq: int) -> bool:
+    def _answers(self, connection: Exchange, kind: int, seq: int) -> bool:
         """Whether the request may be answered with its result; if not, it is refused here."""
         server = self._server
         if server.failed:
@@ -362,7 +362,7 @@ class Direct:
                 await self._wake_unmaps.wait()
             batch, self._unmaps = self._unmaps, []
             errors = await trio.to_thread.run_sync(self._punch_all, [frame for (_, frame), _ in batch])
-            touched: dict[Connection, None] = {}
+            touched: dict[Exchange, None] = {}
             for ((connection, frame), era), error in zip(batch, errors, strict=True):
                 kind, _, seq, offset, length, _ = frame
                 touched[connection] = None

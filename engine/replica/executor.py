@@ -33,9 +33,11 @@ from engine.wire.frame import (
 from engine.wire.layers import BLOCK, decode_layer, layer_name
 
 if TYPE_CHECKING:
-    from engine.replica.connection import Connection
+    from engine.replica.backlog import Backlog
     from engine.replica.direct import Direct
+    from engine.replica.exchange import Exchange
     from engine.replica.server import Server
+    from engine.store.chain import Chain
 
 log = structlog.get_logger()
 
@@ -86,9 +88,9 @@ DATA = frozenset((READ, WRITE, FLUSH, UNMAP, SETTLED, BITMAP, CONFIRM))
 
 @mypyc_attr(allow_interpreted_subclasses=True)
 class Executor:
-    """The half of a `Connection` that never waits."""
+    """What an `Exchange` does with whole frames."""
 
-    def __init__(self, server: Server, sock: socket.socket, peer: str) -> None:
+    def __init__(self, server: Backlog, sock: socket.socket, peer: str) -> None:
         self.server = server
         self.peer = peer
         self.token: tuple[int, int] | None = None
@@ -129,13 +131,15 @@ class Executor:
         written.clear()
 
     def _execute(self, frames: list[Frame], at: int) -> int:
-        server, connection = self.server, cast("Connection", self)
+        server, connection = self.server, cast("Exchange", self)
         self._together = False
         if server.owner is not self or server.failed:
             return self._refuse(frames, at)
         store, counters, out = server.store, server.counters, self._out
         regions: Regions = store.maps.regions
-        size = store.size
+        # the ranges are looked at here
+        content: Chain = store.content
+        size: int = store.size
         direct, fd = server.direct, store.direct
         if fd < 0:
             direct = None
@@ -151,7 +155,7 @@ class Executor:
                     continue
                 try:
                     if direct is None:
-                        data, crc = store.read_checked(offset, length)
+                        data, crc = content.read_checked(offset, length)
                     elif cache is None or (cached := cache.read(offset, length)) is None:
                         if not direct.read(connection, fd, seq, offset, length):
                             return index
@@ -181,7 +185,7 @@ class Executor:
                         return index
                 else:
                     try:
-                        store.write(offset, payload)
+                        content.write(offset, payload)
                     except OSError as error:
                         self.io_error(frames[index], error)
                         continue
@@ -220,8 +224,8 @@ class Executor:
                 if kind in RANGED and (offset + length > size or not 0 < length <= MAX_REQUEST):
                     self._bad_range(frames[index])
                 else:
-                    server.snapshots.background(connection, frames[index])
-                    if server.snapshots.crowded:
+                    cast("Server", server).snapshots.background(connection, frames[index])
+                    if server.crowded():
                         return index + 1
             else:
                 raise ProtocolError(f"unknown frame type {kind:#x}")
@@ -230,7 +234,7 @@ class Executor:
     def _change(self, frame: Frame, direct: Direct | None) -> bool:
         """An unmap, or what becomes one in part, within the volume; False: it has to be brought again later."""
         _, _, seq, offset, length, _ = frame
-        server, connection = self.server, cast("Connection", self)
+        server, connection = self.server, cast("Exchange", self)
         if not server.store.maps.touch(offset, length, seq):
             server.park(connection, frame)
         elif direct is None:
@@ -249,8 +253,9 @@ class Executor:
                 counters.writes += 1
                 counters.written_bytes += length
             elif kind == WRITE_LAYER:
-                self.server.layers.write_head(frame)
-                self.server.layers.wrote_head(frame)
+                layers = cast("Server", self.server).layers
+                layers.write_head(frame)
+                layers.wrote_head(frame)
             else:
                 self.server.store.unmap(offset, length)
                 counters.unmaps += 1
@@ -289,7 +294,7 @@ class Executor:
     def refusal(self) -> tuple[int, bytes]:
         """Status and payload for one that does not own the replica."""
         if self.token is not None and self.token < self.server.token:
-            return Status.STALE_EPOCH, self.server.highest()
+            return Status.STALE_EPOCH, cast("Server", self.server).highest()
         return Status.NOT_OPEN, b""
 
     def _bad_range(self, frame: Frame) -> None:

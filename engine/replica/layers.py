@@ -20,7 +20,7 @@ from engine.wire.frame import Frame, FrameType
 from engine.wire.layers import BLOCK, MAX_RANGE, decode_layer, encode_layer, layer_name
 
 if TYPE_CHECKING:
-    from engine.replica.connection import Connection
+    from engine.replica.exchange import Exchange
     from engine.replica.server import Server
     from engine.replica.snapshots import Work
 
@@ -34,7 +34,7 @@ class LayerRequests:
         self._server = server
         self._threads = trio.CapacityLimiter(THREADS)
 
-    async def begin(self, connection: Connection, frame: Frame, wanted: messages.BeginRebuild) -> None:
+    async def begin(self, connection: Exchange, frame: Frame, wanted: messages.BeginRebuild) -> None:
         """BEGIN_REBUILD. Raises StoreError, OSError."""
         server = self._server
         await server.quiesce()
@@ -79,7 +79,7 @@ class LayerRequests:
 
     # requests that nothing waits for
 
-    def work(self, connection: Connection, frame: Frame) -> Work:
+    def work(self, connection: Exchange, frame: Frame) -> Work:
         """What answers a READ_LAYER, a WRITE_LAYER of a snapshot or a REBUILD_STATE. Raises ProtocolError."""
         kind, _, _, _, length, payload = frame
         if kind == FrameType.READ_LAYER:
@@ -89,7 +89,7 @@ class LayerRequests:
             return partial(self._write, connection, frame, layer_name(payload))
         return partial(self._save, connection, frame, messages.decode(payload, messages.RebuildState))
 
-    async def _read(self, connection: Connection, frame: Frame, wanted: messages.ReadLayer) -> bytes | None:
+    async def _read(self, connection: Exchange, frame: Frame, wanted: messages.ReadLayer) -> bytes | None:
         server, (kind, _, seq, offset, length, _) = self._server, frame
         if offset % BLOCK or length % BLOCK or length > MAX_RANGE:
             raise StoreError(server.store.directory, f"{offset}+{length} is not whole blocks of {BLOCK} bytes")
@@ -105,7 +105,7 @@ class LayerRequests:
         connection.reply(kind, 0, seq, offset=offset, length=covered, payload=encode_layer(wanted.name, found, data))
         return None
 
-    async def _write(self, connection: Connection, frame: Frame, name: str) -> bytes | None:
+    async def _write(self, connection: Exchange, frame: Frame, name: str) -> bytes | None:
         server, (_, _, _, offset, length, payload) = self._server, frame
         if server.refused(connection, frame):
             return None
@@ -118,7 +118,7 @@ class LayerRequests:
         server.counters.written_bytes += len(data)
         return None if server.refused(connection, frame) else b""
 
-    async def _save(self, connection: Connection, frame: Frame, told: messages.RebuildState) -> bytes | None:
+    async def _save(self, connection: Exchange, frame: Frame, told: messages.RebuildState) -> bytes | None:
         server = self._server
         async with server.whole():
             if server.refused(connection, frame):

@@ -12,11 +12,8 @@ import errno
 import os
 import signal
 import socket
-import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 
 import structlog
 import trio
@@ -28,13 +25,12 @@ from engine.errors import (
     SnapshotNotFoundError,
     StoreError,
 )
-from engine.ops import FLUSH, WRITE
+from engine.replica.backlog import Backlog
 from engine.replica.connection import Connection
 from engine.replica.direct import Direct, Disk
-from engine.replica.gate import Gate
+from engine.replica.exchange import Exchange
 from engine.replica.layers import LayerRequests
 from engine.replica.listener import Listener, tune
-from engine.replica.right import Confirmations
 from engine.replica.snapshots import CHANGES, SnapshotRequests, no_room
 from engine.replica.sums import keep_sums
 from engine.replica.syncer import Syncer, ThreadSyncer
@@ -45,54 +41,25 @@ from engine.wire.frame import MAX_PAYLOAD, Frame, FrameType, Status
 log = structlog.get_logger()
 
 MAX_UNAUTHENTICATED = 64
-MAX_PARKED = 64 << 20
 EXPIRE_SECONDS = 2.0
 LEAVE_SECONDS = 2.0
 
 
-@dataclass
-class Counters:
-    reads: int = 0
-    writes: int = 0
-    flushes: int = 0
-    unmaps: int = 0
-    read_bytes: int = 0
-    written_bytes: int = 0
-    corrupt: int = 0
-
-
-class Server:
+class Server(Backlog):
     def __init__(self, store: Store, key: bytes, ring: Disk | None = None, syncer: Syncer | None = None) -> None:
         """With a `ring` (see `open_ring`) data goes past the page cache where the store allows it.
 
         `ring` and `syncer` are closed by `serve`.
         """
-        self.store = store
+        self._closing = syncer or ThreadSyncer(lambda: self.store.sync())
+        super().__init__(store, self._closing)
         self.key = key
         self.instance = os.urandom(8).hex()
-        self.owner: Connection | None = None
-        self.token = store.token
-        self.confirmations = Confirmations(time.monotonic(), store.token[0], closed=not store.meta.dirty)
-        # a watch's thread looks at token, owner and confirmations under it, and this thread changes them under it
-        self._guard = threading.Lock()
-        self._watched: Connection | None = None
-        self.failed = ""
-        self.counters = Counters()
         self.buffers = BufferPool(MAX_PAYLOAD)
-        self.direct = Direct(self, ring) if ring is not None else None
+        if ring is not None:
+            self.direct = Direct(self, ring)
+            self.completions[ring.eventfd] = self.direct.reap
         self._connections: dict[Connection, None] = {}  # oldest first
-        self._gate: Gate[tuple[Connection, Frame]] = Gate(store.maps)
-        self._ready: deque[tuple[Connection, Frame]] = deque()  # out of the gate, waiting for room in `direct`
-        self._parked_bytes = 0
-        self._flushes: list[tuple[Connection, Frame]] = []
-        self._syncing: list[tuple[Connection, Frame]] = []
-        self._in_batch = False
-        self._syncer = syncer or ThreadSyncer(lambda: self.store.sync())
-        self._completions: dict[int, Callable[[], None]] = {self._syncer.eventfd: self._synced}
-        if self.direct is not None:
-            self._completions[self.direct.ring.eventfd] = self.direct.reap
-        self._wake_maps = trio.Event()
-        self.changed = trio.lowlevel.ParkingLot()
         self._control = trio.Lock()
         self.snapshots = SnapshotRequests(self)
         self.layers = LayerRequests(self)
@@ -105,7 +72,7 @@ class Server:
         finally:
             if self.direct is not None:
                 self.direct.close()
-            self._syncer.close()
+            self._closing.close()
 
     async def _serve(self, listener: Listener) -> bool:
         async with trio.open_nursery() as nursery:
@@ -114,7 +81,7 @@ class Server:
                 nursery.start_soon(self.direct.run)
             nursery.start_soon(self._accept, listener, nursery)
             nursery.start_soon(self._sync_maps)
-            for eventfd, completed in self._completions.items():
+            for eventfd, completed in self.completions.items():
                 nursery.start_soon(self._watch, eventfd, completed)
             nursery.start_soon(self._expire)
             nursery.start_soon(keep_sums, self)
@@ -194,37 +161,18 @@ class Server:
             await trio.lowlevel.wait_readable(eventfd)
             completed()
 
-    @property
-    def completions(self) -> dict[int, Callable[[], None]]:
-        """What to call when one of these descriptors is readable, by whoever does not leave that to the event loop."""
-        return self._completions
-
-    @property
-    def busy(self) -> bool:
-        """Tasks of the event loop have something to do, or wait for what a connection does."""
-        return bool(self.changed) or not self._gate.idle or bool(self.snapshots.under_way)
-
-    def begin_batch(self) -> None:
-        """Until `submit`, syncs wait: one serves all flushes of the batch."""
-        self._in_batch = True
-
-    def tick(self) -> None:
-        self.store.maps.regions.now = time.monotonic()
-
-    def park(self, connection: Connection, frame: Frame) -> None:
-        """This write waits for the intent bits of its regions."""
-        self._gate.park((connection, frame), frame[3], frame[4])
-        self._parked_bytes += len(frame[5])
-        self._wake_maps.set()
+    async def change(self) -> None:
+        """Wait until something that is parked, submitted or under way is done."""
+        self.waiters += 1
+        try:
+            await self.changed.park()
+        finally:
+            self.waiters -= 1
 
     async def room(self) -> None:
         """Wait while too much is parked, submitted or under way."""
-        while (self._parked_bytes > MAX_PARKED or self._starved or self.snapshots.crowded) and not self.failed:
-            await self.changed.park()
-
-    @property
-    def _starved(self) -> bool:
-        return self.direct is not None and self.direct.starved
+        while self.crowded():
+            await self.change()
 
     @property
     def io(self) -> IoMode:
@@ -232,47 +180,6 @@ class Server:
         if self.direct is None or self.store.direct < 0:
             return "buffered"
         return "direct" if self.store.cache is None else "auto"
-
-    def submit(self) -> None:
-        """Hand to the disk what a batch prepared."""
-        self._in_batch = False
-        if self.direct is not None:
-            self.direct.submit()
-        if self._flushes:
-            alone = self._alone
-            self._begin_sync(may_block=alone and self._watched is self.owner)
-            if alone:
-                self._synced(worth_waiting=True)
-
-    @property
-    def _alone(self) -> bool:
-        """An engine has asked for a flush ahead: it waits for that, and has nothing else under way."""
-        return len(self._flushes) == 1 and bool(self._flushes[0][1][4]) and not self._syncing and not self.busy
-
-    def direct_progress(self) -> None:
-        """Some requests are done, so there is room for others."""
-        if self._ready:
-            self._feed()
-        self.changed.unpark_all()
-
-    def flush(self, connection: Connection, frame: Frame) -> None:
-        """Answer once an fdatasync that starts after everything received before was applied is done."""
-        with self._guard:
-            self.confirmations.confirmed(self.store.maps.regions.now)
-        if self._gate.barrier((connection, frame)):
-            return
-        if self._ready:
-            self._ready.append((connection, frame))
-        else:
-            self._flush_behind(connection, frame)
-
-    def confirm(self, connection: Connection, seq: int) -> None:
-        """Its owner asks whether there is a higher token: it would not be the owner then."""
-        with self._guard:
-            self.confirmations.confirmed(time.monotonic())
-        connection.reply(FrameType.CONFIRM, 0, seq)
-        # with a flush that was asked for ahead it would wait for the disk, and cost the replica its place
-        connection.send(now=True)
 
     async def watch(self, connection: Connection, frame: Frame) -> None:
         """Answer a WATCH, and let the connection be one until it ends."""
@@ -286,22 +193,22 @@ class Server:
         if self.failed:
             connection.reply(kind, Status.IO_ERROR, seq, payload=self.failed.encode())
             return
-        if owner is None or owner.token != connection.token or self._watched is owner:
+        if owner is None or owner.token != connection.token or self.watched is owner:
             connection.refuse_unopened(frame)
             return
         connection.reply(kind, 0, seq)
         connection.send(now=True)
         await connection.drained()
-        self._watched = owner
+        self.watched = owner
         try:
             await connection.watch(lambda: self._confirm(owner))
         finally:
-            if self._watched is owner:
-                self._watched = None
+            if self.watched is owner:
+                self.watched = None
 
-    def _confirm(self, owner: Connection) -> tuple[int, bytes]:
+    def _confirm(self, owner: Exchange) -> tuple[int, bytes]:
         """Runs in the thread of the owner's watch."""
-        with self._guard:
+        with self.guard:
             if self.failed:
                 return Status.IO_ERROR, self.failed.encode()
             if self.owner is owner and owner.token == self.token:
@@ -309,93 +216,18 @@ class Server:
                 return Status.OK, b""
             return owner.refusal()
 
-    def _flush_behind(self, connection: Connection, frame: Frame) -> None:
-        if self.direct is None or not self.direct.barrier((connection, frame)):
-            self.flush_head([(connection, frame)])
-
-    def flush_head(self, waiting: list[tuple[Connection, Frame]]) -> None:
-        """All writes before these flushes were applied."""
-        self._flushes += waiting
-        if self.failed:
-            self.fail_parked(self.failed)
-        elif not self._in_batch:
-            self._begin_sync()
-
-    def settled(self, connection: Connection, frame: Frame) -> None:
-        try:
-            self.store.maps.settled(frame[3], bool(frame[4]))
-        except OSError as error:
-            self.fail(f"cannot write a region map: {error}")
-            connection.reply(frame[0], Status.IO_ERROR, frame[2], payload=self.failed.encode())
-            return
-        connection.reply(frame[0], 0, frame[2], offset=frame[3], length=frame[4])
-
     async def _sync_maps(self) -> None:
         while not self.failed:
-            while not self._gate.waiting:
-                self._wake_maps = trio.Event()
-                await self._wake_maps.wait()
+            while not self.gate.waiting:
+                self.wake_maps = trio.Event()
+                await self.wake_maps.wait()
             try:
-                sync = self._gate.begin()
+                sync = self.gate.begin()
                 await trio.to_thread.run_sync(sync.run)
             except OSError as error:
                 self.fail_parked(f"cannot write a region map: {error}")
                 return
-            self._ready += self._gate.finish(sync)
-            self._feed()
-            self.changed.unpark_all()
-
-    def _feed(self) -> None:
-        """Begin what has waited for its intent bits, as far as there is room."""
-        direct, fd = self.direct, self.store.direct
-        touched: dict[Connection, None] = {}
-        while self._ready and not self.failed:
-            connection, frame = self._ready[0]
-            kind, _, seq, offset, _, payload = frame
-            # the owner may have changed meanwhile
-            if connection is not self.owner:
-                pass
-            elif kind == FLUSH:
-                self._flush_behind(connection, frame)
-            elif direct is None or fd < 0 or (kind == WRITE and self.store.cache is not None):
-                connection.apply(frame)
-                touched[connection] = None
-            elif kind == WRITE:
-                if not direct.write(connection, fd, seq, offset, payload):
-                    break
-            elif not direct.unmap(connection, frame):
-                break
-            self._ready.popleft()
-            self._parked_bytes -= len(payload)
-        if direct is not None:
-            direct.ring.submit()
-        for connection in touched:
-            connection.send()
-
-    def _begin_sync(self, *, may_block: bool = False) -> None:
-        if not self._syncing and self._flushes and not self.failed:
-            self._syncing, self._flushes = self._flushes, []
-            self._syncer.start(may_block=may_block)
-
-    def _synced(self, *, worth_waiting: bool = False) -> None:
-        try:
-            if not self._syncer.finished(worth_waiting=worth_waiting):
-                return
-        except OSError as error:
-            self._flushes, self._syncing = self._syncing + self._flushes, []
-            self.fail_parked(f"fdatasync failed: {error}")
-            return
-        waiting, self._syncing = self._syncing, []
-        touched: dict[Connection, None] = {}
-        for connection, frame in waiting:
-            self.counters.flushes += 1
-            if connection is self.owner:
-                connection.reply(frame[0], 0, frame[2])
-                touched[connection] = None
-        for connection in touched:
-            connection.send(now=True)
-        self._begin_sync()
-        self.changed.unpark_all()
+            self.admit(self.gate.finish(sync))
 
     async def _expire(self) -> None:
         while not self.failed:
@@ -412,36 +244,16 @@ class Server:
             self.failed = reason
             log.error("replica failed", reason=reason)
         self._stop.set()
-        self.changed.unpark_all()
-
-    def fail_parked(self, reason: str) -> None:
-        self.fail(reason)
-        waiting, self._flushes = [*self._discard(), *self._flushes], []
-        for connection, frame in waiting:
-            connection.reply(frame[0], Status.IO_ERROR, frame[2], payload=reason.encode())
-            connection.send(now=True)
-
-    def _discard(self) -> list[tuple[Connection, Frame]]:
-        """Forget everything that waits for a write or for intent bits, and return it."""
-        dropped = [*self._ready, *self._gate.discard()]
-        self._ready.clear()
-        self._parked_bytes -= sum(len(frame[5]) for _, frame in dropped)
-        return dropped if self.direct is None else [*self.direct.discard(), *dropped]
+        self.stir()
 
     async def quiesce(self) -> None:
         """Wait until nothing is parked or submitted."""
-        while not self.failed and (
-            not self._gate.idle or self._ready or self._submitted or self._flushes or self._syncing
-        ):
-            await self.changed.park()
-
-    @property
-    def _submitted(self) -> bool:
-        return self.direct is not None and not self.direct.idle
+        while not self.failed and not self.quiet():
+            await self.change()
 
     # control requests
 
-    async def control(self, connection: Connection, frame: Frame) -> None:
+    async def control(self, connection: Exchange, frame: Frame) -> None:
         """Answer a request that has work of its own. Raises ProtocolError."""
         kind, _, seq, _, _, payload = frame
         try:
@@ -464,7 +276,7 @@ class Server:
         except (StoreError, OSError) as error:
             self.answer_failure(connection, frame, error)
 
-    def answer_failure(self, connection: Connection, frame: Frame, error: StoreError | OSError) -> None:
+    def answer_failure(self, connection: Exchange, frame: Frame, error: StoreError | OSError) -> None:
         if isinstance(error, StoreError):
             status, text = _STATUS.get(type(error), Status.BAD_REQUEST), error.reason
         else:
@@ -483,7 +295,7 @@ class Server:
         """Payload of a STALE_EPOCH reply."""
         return messages.encode(messages.Token(epoch=self.token[0], incarnation=self.token[1]))
 
-    async def _open(self, connection: Connection, frame: Frame, wanted: messages.Open) -> None:
+    async def _open(self, connection: Exchange, frame: Frame, wanted: messages.Open) -> None:
         kind, _, seq, _, _, _ = frame
         token = (wanted.epoch, wanted.incarnation)
         if wanted.volume_uuid != self.store.identity.uuid:
@@ -491,7 +303,7 @@ class Server:
             return
         if token >= self.token:
             # from here on nothing of an older owner is applied or answered, even if the token cannot be persisted
-            with self._guard:
+            with self.guard:
                 self.token = token
             self._depose(connection)
         async with self.whole():
@@ -501,8 +313,8 @@ class Server:
             await trio.to_thread.run_sync(self.store.set_token, *token)
             await trio.to_thread.run_sync(lambda: self.store.set_marks(dirty=True))
             # nobody can become owner meanwhile, so nothing more is submitted
-            while self._submitted and not self.failed:
-                await self.changed.park()
+            while self.submitted() and not self.failed:
+                await self.change()
             if self._stale(connection, frame, token):  # a higher one came during these
                 return
             maps = self.store.maps
@@ -510,7 +322,7 @@ class Server:
             connection.token = token
             connection.gathers = wanted.gathers
             now = time.monotonic()
-            with self._guard:
+            with self.guard:
                 self.owner = connection
                 self.confirmations.opened(token[0], now)
             log.info("opened", peer=connection.peer, epoch=token[0], incarnation=token[1])
@@ -527,7 +339,7 @@ class Server:
             )
             connection.reply(kind, 0, seq, payload=messages.encode(answer))
 
-    def _stale(self, connection: Connection, frame: Frame, token: tuple[int, int]) -> bool:
+    def _stale(self, connection: Exchange, frame: Frame, token: tuple[int, int]) -> bool:
         """Whether the OPEN had to be refused here."""
         if self.failed:
             connection.reply(frame[0], Status.IO_ERROR, frame[2], payload=self.failed.encode())
@@ -538,13 +350,13 @@ class Server:
             return True
         return False
 
-    def _depose(self, successor: Connection) -> None:
+    def _depose(self, successor: Exchange) -> None:
         """Discard what the owner has parked, and close it. Everything else of it is applied, or with the disk."""
-        with self._guard:
+        with self.guard:
             old, self.owner = self.owner, None
-        for connection, frame in self._discard():
+        for connection, frame in self.discard():
             connection.refuse_unopened(frame)
-        self.changed.unpark_all()
+        self.stir()
         if old is not None and old is not successor:
             log.warning("superseded", peer=old.peer, by=successor.peer)
             if old.token is not None and old.token < self.token:
@@ -555,7 +367,7 @@ class Server:
                 old.send(now=True)
                 old.close()
 
-    async def _track(self, connection: Connection, frame: Frame, wanted: messages.Track) -> None:
+    async def _track(self, connection: Exchange, frame: Frame, wanted: messages.Track) -> None:
         async with self.whole():
             if self.refused(connection, frame):
                 return
@@ -568,14 +380,14 @@ class Server:
             self.store.maps.finish_track(change)
         connection.reply(frame[0], 0, frame[2])
 
-    async def _state(self, connection: Connection, frame: Frame, wanted: messages.State) -> None:
+    async def _state(self, connection: Exchange, frame: Frame, wanted: messages.State) -> None:
         async with self.whole():
             if self.refused(connection, frame):
                 return
             await trio.to_thread.run_sync(lambda: self.store.set_marks(rebuilding=wanted.rebuilding))
         connection.reply(frame[0], 0, frame[2])
 
-    async def _resize(self, connection: Connection, frame: Frame, wanted: messages.Resize) -> None:
+    async def _resize(self, connection: Exchange, frame: Frame, wanted: messages.Resize) -> None:
         async with self.whole():
             if self.refused(connection, frame):
                 return
@@ -594,7 +406,7 @@ class Server:
                 return
         connection.reply(frame[0], 0, frame[2])
 
-    async def _close(self, connection: Connection, frame: Frame, wanted: messages.Close) -> None:
+    async def _close(self, connection: Exchange, frame: Frame, wanted: messages.Close) -> None:
         await self.quiesce()
         async with self.whole():
             if self.refused(connection, frame):
@@ -614,7 +426,7 @@ class Server:
             # one whose right is kept stays marked: a restart of this process must not take it for ended
             if not maps.dirty_regions and not wanted.kept:
                 await trio.to_thread.run_sync(lambda: self.store.set_marks(dirty=False))
-            with self._guard:
+            with self.guard:
                 if self.owner is connection:
                     self.owner = None
                     if not wanted.kept:
@@ -622,7 +434,7 @@ class Server:
             connection.token = None
         connection.reply(frame[0], 0, frame[2])
 
-    def refused(self, connection: Connection, frame: Frame) -> bool:
+    def refused(self, connection: Exchange, frame: Frame) -> bool:
         if self.failed:
             connection.reply(frame[0], Status.IO_ERROR, frame[2], payload=self.failed.encode())
             return True

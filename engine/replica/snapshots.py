@@ -23,7 +23,7 @@ from engine.wire import messages
 from engine.wire.frame import Frame, FrameType
 
 if TYPE_CHECKING:
-    from engine.replica.connection import Connection
+    from engine.replica.exchange import Exchange
     from engine.replica.server import Server
 
 log = structlog.get_logger()
@@ -31,7 +31,6 @@ log = structlog.get_logger()
 CHANGES = frozenset(map(int, (FrameType.SNAPSHOT, FrameType.REVERT, FrameType.REMOVE_SNAPSHOT)))
 # what a coalesce step may copy at most, so that an OPEN or a SNAPSHOT never waits for long behind one
 MAX_STEP = 16 << 20
-MAX_UNDER_WAY = 16
 # threads for reads of snapshots; the syncs of the head have the common pool and never wait for one of these
 READERS = 2
 
@@ -45,7 +44,6 @@ def no_room(error: OSError) -> bool:
 class SnapshotRequests:
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._under_way = 0
         self._readers = trio.CapacityLimiter(READERS)
         self._nursery: trio.Nursery | None = None
 
@@ -55,18 +53,9 @@ class SnapshotRequests:
             task_status.started()
             await trio.sleep_forever()
 
-    @property
-    def under_way(self) -> int:
-        return self._under_way
-
-    @property
-    def crowded(self) -> bool:
-        """So much is under way that no connection may bring more."""
-        return self._under_way >= MAX_UNDER_WAY
-
     # control requests
 
-    async def control(self, connection: Connection, frame: Frame) -> None:
+    async def control(self, connection: Exchange, frame: Frame) -> None:
         """Answer one of `CHANGES`. Raises ProtocolError, StoreError, OSError."""
         kind, payload, store = frame[0], frame[5], self._server.store
         if kind == FrameType.SNAPSHOT:
@@ -81,9 +70,7 @@ class SnapshotRequests:
         else:
             await self._remove(connection, frame, messages.decode(payload, messages.RemoveSnapshot))
 
-    async def _switch(
-        self, connection: Connection, frame: Frame, begin: Callable[[], HeadSwitch], *, sync: bool
-    ) -> None:
+    async def _switch(self, connection: Exchange, frame: Frame, begin: Callable[[], HeadSwitch], *, sync: bool) -> None:
         server = self._server
         await server.quiesce()
         async with server.whole():
@@ -111,7 +98,7 @@ class SnapshotRequests:
                 return
         connection.reply(frame[0], 0, frame[2])
 
-    async def _remove(self, connection: Connection, frame: Frame, wanted: messages.RemoveSnapshot) -> None:
+    async def _remove(self, connection: Exchange, frame: Frame, wanted: messages.RemoveSnapshot) -> None:
         async with self._server.whole():
             if self._server.refused(connection, frame):
                 return
@@ -120,7 +107,7 @@ class SnapshotRequests:
 
     # requests that nothing waits for
 
-    def background(self, connection: Connection, frame: Frame) -> None:
+    def background(self, connection: Exchange, frame: Frame) -> None:
         """Begin with the request; it is answered some time. Raises ProtocolError."""
         kind, payload = frame[0], frame[5]
         work: Work
@@ -139,10 +126,10 @@ class SnapshotRequests:
         else:
             work = self._server.layers.work(connection, frame)
         assert self._nursery is not None
-        self._under_way += 1
+        self._server.background += 1
         self._nursery.start_soon(self._answer, connection, frame, work)
 
-    async def _answer(self, connection: Connection, frame: Frame, work: Work) -> None:
+    async def _answer(self, connection: Exchange, frame: Frame, work: Work) -> None:
         """`work` returns the payload, or None when it has answered itself."""
         try:
             payload = await work()
@@ -157,11 +144,11 @@ class SnapshotRequests:
             log.exception("request failed", type=frame[0], peer=connection.peer)
             connection.close()
         finally:
-            self._under_way -= 1
-            self._server.changed.unpark_all()
+            self._server.background -= 1
+            self._server.stir()
         connection.send(now=True)
 
-    async def _list(self, connection: Connection, frame: Frame) -> bytes | None:
+    async def _list(self, connection: Exchange, frame: Frame) -> bytes | None:
         async with self._server.whole():
             if self._server.refused(connection, frame):
                 return None
@@ -170,7 +157,7 @@ class SnapshotRequests:
         reply = messages.SnapshotsReply(snapshots=entries, head_allocated=self._server.store.head_allocated)
         return messages.encode(reply)
 
-    async def _coalesce(self, connection: Connection, frame: Frame, wanted: messages.Coalesce) -> bytes | None:
+    async def _coalesce(self, connection: Exchange, frame: Frame, wanted: messages.Coalesce) -> bytes | None:
         server = self._server
         async with server.whole():
             if server.refused(connection, frame):
@@ -189,7 +176,7 @@ class SnapshotRequests:
                 return None
         return messages.encode(messages.CoalesceReply(done=done, copied=step.copied, left=0 if done else left))
 
-    async def _pull(self, connection: Connection, frame: Frame, wanted: messages.Pull) -> bytes | None:
+    async def _pull(self, connection: Exchange, frame: Frame, wanted: messages.Pull) -> bytes | None:
         server, store = self._server, self._server.store
         async with server.whole():
             reply = messages.PullReply(done=True)
@@ -220,7 +207,7 @@ class SnapshotRequests:
                     break
         return messages.encode(reply)
 
-    async def _read(self, connection: Connection, frame: Frame, wanted: messages.ReadSnapshot) -> bytes | None:
+    async def _read(self, connection: Exchange, frame: Frame, wanted: messages.ReadSnapshot) -> bytes | None:
         data = await trio.to_thread.run_sync(
             self._server.store.read_snapshot, wanted.name, frame[3], frame[4], limiter=self._readers
         )

@@ -12,7 +12,7 @@ from engine.wire import messages
 from engine.wire.frame import Frame
 
 if TYPE_CHECKING:
-    from engine.replica.connection import Connection
+    from engine.replica.exchange import Exchange
     from engine.replica.server import Server
 
 log = structlog.get_logger()
@@ -50,7 +50,7 @@ async def keep_sums(server: Server) -> None:
                 pause = PAUSE_AFTER_ERROR
 
 
-async def digest(server: Server, connection: Connection, frame: Frame, wanted: messages.Digest) -> None:
+async def digest(server: Server, connection: Exchange, frame: Frame, wanted: messages.Digest) -> None:
     """Answer a DIGEST. Raises StoreError, OSError."""
     kind, _, seq, offset, length, _ = frame
     async with server.whole():
@@ -64,7 +64,7 @@ async def digest(server: Server, connection: Connection, frame: Frame, wanted: m
     connection.reply(kind, 0, seq, offset=found.more, length=len(found.sums), payload=body)
 
 
-async def mend(server: Server, connection: Connection, frame: Frame, wanted: messages.Mend) -> bytes | None:
+async def mend(server: Server, connection: Exchange, frame: Frame, wanted: messages.Mend) -> bytes | None:
     """Carry out a MEND. Raises StoreError, OSError."""
     async with server.whole():
         if server.refused(connection, frame):

@@ -89,8 +89,8 @@ class ThreadSyncer:
         self._wanted: SimpleQueue[bool] = SimpleQueue()
         self._results: SimpleQueue[OSError | None] = SimpleQueue()
         self.eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._thread = threading.Thread(target=self._run, name="sync", daemon=True)
-        self._thread.start()
+        self._worker = threading.Thread(target=self._run, name="sync", daemon=True)
+        self._worker.start()
 
     def _run(self) -> None:
         while self._wanted.get():
@@ -118,8 +118,8 @@ class ThreadSyncer:
     def close(self) -> None:
         """Does not wait for a sync that hangs; its thread then keeps the descriptor that it will write to."""
         self._wanted.put(False)
-        self._thread.join(timeout=1.0)
-        if not self._thread.is_alive():
+        self._worker.join(timeout=1.0)
+        if not self._worker.is_alive():
             os.close(self.eventfd)
 
 

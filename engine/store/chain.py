@@ -26,7 +26,7 @@ from engine.wire.frame import Buffer
 # of them is written again. A replica's system time for a random 4 KiB write, with three replicas, where large writes
 # were there before: 9.3 µs with 128 KiB, 7.0 µs with this, 6.0 µs with 32 KiB. For 1 MiB: 430 and 470 µs, and more
 # with 32 KiB.
-PIECE = 64 << 10
+PIECE = 16 << 10
 # The disk begins with a large write at once, while the next one is received, or a flush behind many of them would begin
 # with all (see Linux' sync_file_range(2): no more than a hint here, nothing relies on it).
 _WRITE_BEHIND = 64 << 10

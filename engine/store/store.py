@@ -107,8 +107,12 @@ class Store:
         self._lock = lock
         self._files: list[int] = []
         self._io: IoMode = io
-        self._direct = -1
-        self._cache: Cache | None = None
+        # An O_DIRECT descriptor of the head when the head alone holds the data, else -1. Requests through it bypass
+        # this object, so nothing may change the chain before they have completed. A new head has none before the
+        # replica is opened anew.
+        self.direct = -1
+        # where to look before a read through `direct`; writes go to the page cache too then
+        self.cache: Cache | None = None
         self._unsynced: set[str] = set()  # images of snapshots that were filled
         self._sums: dict[str, Sums] = {}
         self._records = Records()
@@ -134,7 +138,7 @@ class Store:
             self._close_files()
             raise
         self._head = self._files[-1]
-        self._chain = Chain(self._files, meta.size, sums=self._chain_sums())
+        self.content = Chain(self._files, meta.size, sums=self._chain_sums())
         self._views = Views(directory, self._sums_of)
         self._merge: Merge | None = None
         self._pull: Pull | None = None
@@ -203,26 +207,12 @@ class Store:
         """Raises OSError."""
         if io == "auto":
             try:
-                self._cache = Cache(self._files[-1], MAX_PAYLOAD)
+                self.cache = Cache(self._files[-1], MAX_PAYLOAD)
             except OSError:
                 return
-        self._direct = open_direct(self.directory / self.meta.head, insist=io == "direct")
-        if self._direct < 0:
-            self._cache = None
-
-    @property
-    def cache(self) -> Cache | None:
-        """Where to look before a read through `direct`; writes go to the page cache too then, by `write`."""
-        return self._cache
-
-    @property
-    def direct(self) -> int:
-        """An O_DIRECT descriptor of the head when the head alone holds the data, else -1: use `read` and `write`.
-
-        Requests through it bypass this object, so nothing may change the chain before they have completed. A new head
-        has none before the replica is opened anew.
-        """
-        return self._direct
+        self.direct = open_direct(self.directory / self.meta.head, insist=io == "direct")
+        if self.direct < 0:
+            self.cache = None
 
     @property
     def head(self) -> int:
@@ -242,21 +232,21 @@ class Store:
     def read(self, offset: int, length: int) -> bytes:
         if offset < 0 or length < 0 or offset + length > self.size:
             raise OutOfRangeError(offset, length, self.size)
-        return self._chain.read(offset, length)
+        return self.content.read(offset, length)
 
     def read_checked(self, offset: int, length: int) -> tuple[bytes, int]:
         """The bytes, whose range the caller has checked, and their CRC-32C.
 
         Raises CorruptBlockError for what does not match the checksums, OSError.
         """
-        return self._chain.read_checked(offset, length)
+        return self.content.read_checked(offset, length)
 
     def checked(self, offset: int, data: bytes) -> int:
         """CRC-32C of `data`, which was read from the head otherwise, while it holds all. Raises CorruptBlockError."""
         if (offset | len(data)) & (BLOCK - 1):
-            return self._chain.read_checked(offset, len(data))[1]
+            return self.content.read_checked(offset, len(data))[1]
         crc: int = crc32c(data)
-        head = self._chain.sums[0]
+        head = self.content.sums[0]
         bad = head.check(offset, data, crc)
         if bad >= 0:
             raise head.corrupt(bad)
@@ -265,13 +255,13 @@ class Store:
     def write(self, offset: int, data: Buffer) -> None:
         if offset < 0 or offset + len(data) > self.size:
             raise OutOfRangeError(offset, len(data), self.size)
-        self._chain.write(offset, data)
+        self.content.write(offset, data)
 
     def unmap(self, offset: int, length: int) -> None:
         """Zero the range, giving its space back where no snapshot lies below."""
         if offset < 0 or length <= 0 or offset + length > self.size:
             raise OutOfRangeError(offset, length, self.size)
-        self._chain.unmap(offset, length)
+        self.content.unmap(offset, length)
 
     def sync(self) -> None:
         """fdatasync of the head, from any thread. Raises OSError; it must not be retried."""
@@ -312,7 +302,7 @@ class Store:
     def finish_resize(self, change: Growth) -> None:
         """`change.run` succeeded."""
         self.meta = change.meta
-        self.size = self._chain.size = change.meta.size
+        self.size = self.content.size = change.meta.size
         self.maps.grow(self.size)
 
     def resize(self, size: int) -> None:
@@ -396,19 +386,19 @@ class Store:
 
     def finish_switch(self, change: HeadSwitch) -> None:
         """`change.run` succeeded, and nothing is under way through `direct`; `change.release` comes after this."""
-        if self._direct >= 0:
-            change.replaced.append(self._direct)
-        self._direct, self._cache = -1, None  # both are of the old head
+        if self.direct >= 0:
+            change.replaced.append(self.direct)
+        self.direct, self.cache = -1, None  # both are of the old head
         sums = self._sums.pop(self.meta.head)
         self.meta = change.meta
         if change.frozen is not None:
             self._snapshots[change.frozen.name] = change.frozen
             self.chain = (change.meta.head, change.frozen.name, *self.chain[1:])
             self._files += change.files
-            self._chain.push(change.files[-1])
+            self.content.push(change.files[-1])
             sums.image = change.frozen.name
             self._sums[sums.image] = sums
-            self._chain.sums = self._chain_sums()
+            self.content.sums = self._chain_sums()
         else:
             self._drop_merge()
             if self._pull is not None:
@@ -417,7 +407,7 @@ class Store:
             change.replaced += self._files
             self._files = change.files
             self.chain = (change.meta.head, *change.layers)
-            self._chain = Chain(self._files, self.size, sums=self._chain_sums())
+            self.content = Chain(self._files, self.size, sums=self._chain_sums())
         self._head = self._files[-1]
         self.summing.switched(self._sums_of(self.meta.head))
 
@@ -479,7 +469,7 @@ class Store:
         if not step.done:
             merge.cursor = step.end
             if level:
-                self._chain.moved(level, step.end)
+                self.content.moved(level, step.end)
             return False
         self._drop_merge()
         gone = self._snapshots.pop(merge.removed)
@@ -492,9 +482,9 @@ class Store:
             self._snapshots[merge.child] = msgspec.structs.replace(child, parent=gone.parent)
         if level:
             self.chain = tuple(image for image in self.chain if image != merge.removed)
-            self._chain.merged(level)
+            self.content.merged(level)
             os.close(self._files.pop(level))
-        self._chain.sums = self._chain_sums()
+        self.content.sums = self._chain_sums()
         return True
 
     def coalesce_step(self, name: str, budget: int) -> bool:
@@ -545,7 +535,7 @@ class Store:
         for image in (base, *pull.origin.below):
             if image in self._sums:
                 self._sums.pop(image).close()
-        self._chain = Chain(self._files, self.size, sums=self._chain_sums())
+        self.content = Chain(self._files, self.size, sums=self._chain_sums())
         for fd in replaced:
             os.close(fd)
         pull.switched = True
@@ -565,7 +555,7 @@ class Store:
         if self._merge is not None:
             self._merge.close()
             self._merge = None
-            self._chain.forget_moved()
+            self.content.forget_moved()
 
     # checksums
 
@@ -638,7 +628,7 @@ class Store:
 
     def finish_mend(self, step: MendStep) -> None:
         """`step.run` succeeded."""
-        self._chain.changed(step.start, step.end - step.start)
+        self.content.changed(step.start, step.end - step.start)
         self._views.forget(step.start, step.end)
 
     @property
@@ -723,7 +713,7 @@ class Store:
     def changed(self, offset: int, length: int) -> None:
         """After `write_head` or `write_layer`, where the store is used."""
         if len(self._files) > 1:
-            self._chain.changed(offset, length)
+            self.content.changed(offset, length)
 
     def begin_rebuild(self, wanted: Sequence[SnapshotInfo]) -> RebuildStart:
         """Become a replica with these snapshots, to be filled; `wanted` lists parents first. Raises StoreError.
@@ -749,16 +739,16 @@ class Store:
         self._drop_pull()
         self._views.close()
         change.replaced += self._files
-        if self._direct >= 0:
-            change.replaced.append(self._direct)
-        self._direct, self._cache = -1, None
+        if self.direct >= 0:
+            change.replaced.append(self.direct)
+        self.direct, self.cache = -1, None
         self.meta, self.rebuild = change.meta, change.state
         self.chain, self._snapshots, self._files = change.chain, change.snapshots, change.files
         self._head = self._files[-1]
         for sums in self._sums.values():
             sums.close()
         self._sums.clear()
-        self._chain = Chain(self._files, self.size, sums=self._chain_sums())
+        self.content = Chain(self._files, self.size, sums=self._chain_sums())
         self.summing.switched(self._sums_of(self.meta.head))
         self._unsynced.clear()
         self.maps.filling(True)
@@ -812,6 +802,6 @@ class Store:
         for fd in (*self._files, self._lock):
             os.close(fd)
         self._files.clear()
-        if self._direct >= 0:
-            os.close(self._direct)
-            self._direct = -1
+        if self.direct >= 0:
+            os.close(self.direct)
+            self.direct = -1

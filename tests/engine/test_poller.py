@@ -11,7 +11,8 @@ import trio
 import trio.lowlevel
 import trio.testing
 
-from engine.poller import BUDGET, LINGER, Poller
+from engine.poller import Poller
+from engine.readiness import BUDGET, LINGER
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ async def test_parked_writes_of_an_old_engine_are_discarded(tmp_path: Path) -> N
         await until(lambda: replica.map_syncs == 1)
         await old.send(FrameType.WRITE, b"stale" * 100, offset=8 * MIB, length=500)
         await old.send(FrameType.FLUSH)
-        await until(lambda: len(replica.server._gate._waiting) == 2)
+        await until(lambda: len(replica.server.gate._waiting) == 2)
         assert (await new.open(2))[1] == Status.OK
         replica.map_gate.set()
         assert {(await old.receive())[1] for _ in range(3)} == {Status.STALE_EPOCH}

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import trio
 
-from engine.replica import snapshots
+from engine.replica.backlog import MAX_BACKGROUND
 from engine.store import chain, coalesce, layout, switch
 from engine.wire import messages
 from engine.wire.frame import REPLY, Frame, FrameType, Status, encode_frame
@@ -304,7 +304,7 @@ async def test_many_reads_of_snapshots_are_not_buffered_without_end(tmp_path: Pa
         await trio.sleep(0.2)
         serving = replica.server.owner
         assert serving is not None
-        assert serving._unsent <= (8 + snapshots.MAX_UNDER_WAY + 2) * MIB
+        assert serving._unsent <= (8 + MAX_BACKGROUND + 2) * MIB
         async with connect(replica.address) as other:
             assert (await other.call(FrameType.PING))[1] == Status.OK
         seen = set()

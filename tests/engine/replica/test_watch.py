@@ -78,7 +78,7 @@ async def test_who_is_not_the_owner_gets_no_watch(tmp_path: Path) -> None:
             async with watching(replica.address, 3, 2):
                 # one is enough
                 assert await status(3, 2) == Status.NOT_OPEN
-            await until(lambda: replica.server._watched is None)
+            await until(lambda: replica.server.watched is None)
             async with watching(replica.address, 3, 2):
                 pass
             assert (await owner.call(FrameType.WATCH, token(3, 2)))[1] == Status.BAD_REQUEST
@@ -141,7 +141,7 @@ async def test_it_answers_while_the_disk_holds_up_everything_else(
             assert (await owner.flush())[1] == Status.OK
             assert stall.calls == 1
         # and so is every flush when there is no watch any more
-        await until(lambda: replica.server._watched is None)
+        await until(lambda: replica.server.watched is None)
         await owner.stream.send_all(AHEAD)
         assert (await owner.receive())[1] == Status.OK
         assert stall.calls == 1

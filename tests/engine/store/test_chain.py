@@ -116,10 +116,10 @@ def test_the_index_follows_what_is_touched(tmp_path: Path) -> None:
     directory = make(tmp_path, 1 << 40)
     add_snapshot(directory, "a")
     store = Store.open(directory)
-    assert len(store._chain._index.chunks) == 0
+    assert len(store.content._index.chunks) == 0
     store.write(1 << 39, b"x" * BLOCK)
     assert store.read(1 << 39, BLOCK) == b"x" * BLOCK
-    assert len(store._chain._index.chunks) == 1
+    assert len(store.content._index.chunks) == 1
 
 
 @pytest.mark.parametrize("bound", ["MAX_CHUNKS", "MAX_MIXED"])
@@ -134,7 +134,7 @@ def test_the_index_forgets_what_was_looked_up_first(
         store.write(number * index.CHUNK, bytes((number + 1,)) * 100)
     for number in range(8):
         assert store.read(number * index.CHUNK, 101) == bytes((number + 1,)) * 100 + b"\0"
-    assert len(store._chain._index.chunks) <= 2
+    assert len(store.content._index.chunks) <= 2
 
 
 def test_snapshots_older_than_a_resize_read_as_zeros_beyond_their_end(tmp_path: Path) -> None:

@@ -520,7 +520,7 @@ def test_an_index_that_is_built_while_blocks_go_from_a_layer(
     store.snapshot("b")
     store.mark_removed("a")
     assert not store.coalesce_step("a", 8 * BLOCK)
-    store._chain._index.clear()
+    store.content._index.clear()
     child = (tmp_path / "r1" / "volume-snap-b.img").stat().st_ino
     punch, lseek = chain.punch_hole, os.lseek
     looks = 0
