@@ -18,9 +18,9 @@ from engine.address import Address
 from engine.allocator import keep_freed_memory
 from engine.errors import EngineError
 from engine.launch import ReplicaConfig
-from engine.replica.direct import open_ring
 from engine.replica.listener import Listener, listen
 from engine.replica.log import configure_logging
+from engine.replica.offloop import open_ring
 from engine.replica.server import Server
 from engine.replica.syncer import make_syncer
 from engine.secret import read_secret

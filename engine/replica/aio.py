@@ -14,12 +14,13 @@ import platform
 import struct
 from collections import deque
 from collections.abc import Sequence
+from typing import Final
 
-PREAD = 0
-PWRITE = 1
-FDSYNC = 3
-NOWAIT = 8  # RWF_NOWAIT: EAGAIN where the submission would have to wait, for a lock or to allocate blocks
-FLAG_RESFD = 1
+PREAD: Final = 0
+PWRITE: Final = 1
+FDSYNC: Final = 3
+NOWAIT: Final = 8  # RWF_NOWAIT: EAGAIN where the submission would have to wait, for a lock or to allocate blocks
+FLAG_RESFD: Final = 1
 
 POLL_NS = 100_000
 MAX_MISSES = 8
@@ -27,13 +28,13 @@ MAX_MISSES = 8
 # io_setup, io_destroy, io_getevents, io_submit
 _CALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2), "riscv64": (0, 1, 4, 2)}
 
-# data u64 | key u32 | rw flags u32 | opcode u16 | priority i16 | fd u32 | buffer u64 | bytes u64 | offset i64
-# | reserved u64 | flags u32 | eventfd u32
-_IOCB = struct.Struct("<QIIHhIQQqQII")
-_FLAGS_AT = 12
-_FLAGS = struct.Struct("<I")
-# data u64 | iocb u64 | result i64 | result i64
-_EVENT = struct.Struct("<QQqq")
+# an iocb as eight words: data | key u32, rw flags u32 | opcode u16, priority i16, fd u32 | buffer | bytes | offset
+# | reserved | flags u32, eventfd u32; the first half of a word is its lower one on all of these machines
+_IOCB_SIZE: Final = 64
+_IOCB_WORDS: Final = 8
+# an event as four: data | iocb | result | result
+_EVENT_SIZE: Final = 32
+_EVENT_WORDS: Final = 4
 _TIMESPEC = struct.Struct("=qq")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -67,28 +68,34 @@ class Ring:
         self._context = ctypes.c_ulong(context.value)
         self._submit, self._getevents = submit, getevents
         self.eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._iocbs = bytearray(_IOCB.size * depth)
-        self._iocbs_at = _address(self._iocbs)
+        iocbs = bytearray(_IOCB_SIZE * depth)
+        self._iocbs_at = _address(iocbs)
+        self._words = memoryview(iocbs).cast("Q")
+        for tag in range(depth):
+            self._words[tag * _IOCB_WORDS] = tag
+            self._words[tag * _IOCB_WORDS + 7] = FLAG_RESFD | self.eventfd << 32
         self._queue = (ctypes.c_uint64 * depth)()
         self._queued = 0
-        self._events = bytearray(_EVENT.size * depth)
-        self._events_at = ctypes.c_void_p(_address(self._events))
+        events = bytearray(_EVENT_SIZE * depth)
+        self._events_at = ctypes.c_void_p(_address(events))
+        self._events = memoryview(events).cast("q")
         self._one, self._poll = ctypes.c_long(1), _TIMESPEC.pack(0, wait_ns)
         self._poll_at = ctypes.c_char_p(self._poll)
         self._zero, self._depth, self._no_wait = ctypes.c_long(0), ctypes.c_long(depth), ctypes.c_void_p(None)
         self._failed: deque[tuple[int, int]] = deque()
 
     def prepare(self, tag: int, opcode: int, fd: int, address: int, length: int, offset: int, flags: int) -> None:
-        at = tag * 64
-        _IOCB.pack_into(
-            self._iocbs, at, tag, 0, flags, opcode, 0, fd, address, length, offset, 0, FLAG_RESFD, self.eventfd
-        )
-        self._queue[self._queued] = self._iocbs_at + at
+        words, at = self._words, tag * _IOCB_WORDS
+        words[at + 1] = flags << 32
+        words[at + 2] = opcode | fd << 32
+        words[at + 3] = address
+        words[at + 4] = length
+        words[at + 5] = offset
+        self._queue[self._queued] = self._iocbs_at + tag * _IOCB_SIZE
         self._queued += 1
 
     def flags(self, tag: int) -> int:
-        found: int = _FLAGS.unpack_from(self._iocbs, tag * 64 + _FLAGS_AT)[0]
-        return found
+        return self._words[tag * _IOCB_WORDS + 1] >> 32
 
     def submit(self) -> int:
         """Hand over what was prepared, and return how many. What the kernel refuses completes with its error."""
@@ -100,8 +107,8 @@ class Ring:
     def submit_all(self, tags: Sequence[int]) -> None:
         """Submit these again without NOWAIT; for a worker thread, since it may wait."""
         for tag in tags:
-            _FLAGS.pack_into(self._iocbs, tag * 64 + _FLAGS_AT, 0)
-        queue = (ctypes.c_uint64 * len(tags))(*(self._iocbs_at + tag * 64 for tag in tags))
+            self._words[tag * _IOCB_WORDS + 1] = 0
+        queue = (ctypes.c_uint64 * len(tags))(*(self._iocbs_at + tag * _IOCB_SIZE for tag in tags))
         self._hand_over(queue, len(tags))
 
     def _hand_over(self, queue: ctypes.Array[ctypes.c_uint64], count: int) -> None:
@@ -118,7 +125,7 @@ class Ring:
             # the first of them is refused; those behind it may be good
             code = ctypes.get_errno()
             refused = ctypes.c_uint64.from_address(queue_at + done * 8).value
-            self._failed.append(((refused - self._iocbs_at) // 64, -code))
+            self._failed.append(((refused - self._iocbs_at) // _IOCB_SIZE, -code))
             os.eventfd_write(self.eventfd, 1)
             done += 1
 
@@ -142,10 +149,8 @@ class Ring:
         found = []
         while self._failed:  # appended to by threads
             found.append(self._failed.popleft())
-        unpack, events = _EVENT.unpack_from, self._events
-        for at in range(0, count * 32, 32):
-            tag, _, result, _ = unpack(events, at)
-            found.append((tag, result))
+        events = self._events
+        found += [(events[at], events[at + 2]) for at in range(0, count * _EVENT_WORDS, _EVENT_WORDS)]
         return found
 
     def close(self) -> None:

@@ -17,56 +17,37 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
-import structlog
 import trio
 from crc32c import crc32c
 
 from engine.errors import CorruptBlockError
-from engine.replica.aio import NOWAIT, PREAD, PWRITE, Patience, Pool, Ring
+from engine.ops import READ, WRITE, Data
+from engine.replica.aio import NOWAIT, PREAD, PWRITE, Patience, Pool
 from engine.replica.barrier import Barrier, Era
 from engine.wire.frame import REPLY, Frame, FrameType, Status, encode_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from engine.replica.backlog import Backlog
     from engine.replica.exchange import Exchange
     from engine.replica.server import Server
-    from engine.store import IoMode, Store
 
-log = structlog.get_logger()
-
-BLOCK = 4096
+BLOCK: Final = 4096
 SMALL, SMALL_COUNT = 16 << 10, 208
 MEDIUM, MEDIUM_COUNT = 128 << 10, 32
 LARGE, LARGE_COUNT = (1 << 20) + BLOCK, 16  # the largest request, unaligned
 SLOTS = SMALL_COUNT + MEDIUM_COUNT + LARGE_COUNT
 MAX_UNMAPS = 256
 
-READ, WRITE, IO_ERROR = int(FrameType.READ), int(FrameType.WRITE), int(Status.IO_ERROR)
-WRITE_LAYER = int(FrameType.WRITE_LAYER)
-
-
-def open_ring(store: Store, io: IoMode) -> Ring | None:
-    """What `Direct` needs for this store; None when it is to be read and written through the page cache.
-
-    Raises OSError when `io` is "direct" and there is no AIO.
-    """
-    if store.direct < 0:
-        return None
-    try:
-        return Ring(SLOTS)
-    except OSError as error:
-        if io == "direct":
-            raise
-        log.warning("no asynchronous I/O, going through the page cache", reason=str(error))
-        return None
-
+IO_ERROR: Final = int(Status.IO_ERROR)
+WRITE_LAYER: Final = int(FrameType.WRITE_LAYER)
 
 Item = tuple["Exchange", Frame]
 # connection, type, seq, offset, length, payload of an unaligned write, era of a write
-Request = tuple["Exchange", int, int, int, int, bytes, Era[Item] | None]
+Request = tuple["Exchange", int, int, int, int, Data, Era[Item] | None]
 
 
 class Disk(Protocol):
@@ -85,7 +66,7 @@ class Disk(Protocol):
 class Direct:
     """`read`, `write` and `unmap` return False, and set `starved`, when the request has to be brought again later."""
 
-    def __init__(self, server: Server, ring: Disk) -> None:
+    def __init__(self, server: Backlog, ring: Disk) -> None:
         """`ring` has room for `SLOTS` requests, and is closed by `close`."""
         self.ring = ring
         self.starved = False
@@ -108,11 +89,11 @@ class Direct:
         self._shared: set[int] = set()  # blocks that a write in flight covers in part
         self._barrier: Barrier[Item] = Barrier()
         self._flags = NOWAIT
-        self._unmaps: list[tuple[Item, Era[Item]]] = []
-        self._again: list[int] = []
+        self.unmaps: list[tuple[Item, Era[Item]]] = []
+        self.again: list[int] = []
         self._patience = Patience()
-        self._wake_unmaps = trio.Event()
-        self._wake_again = trio.Event()
+        self.wake_unmaps = trio.Event()
+        self.wake_again = trio.Event()
 
     @property
     def idle(self) -> bool:
@@ -128,11 +109,6 @@ class Direct:
         """Waits for what the disk has."""
         self.ring.close()
 
-    async def run(self) -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._submit_again)
-            nursery.start_soon(self._punch)
-
     # requests
 
     def read(self, connection: Exchange, fd: int, seq: int, offset: int, length: int) -> bool:
@@ -147,7 +123,7 @@ class Direct:
         self._begin(slot, PREAD, fd, offset - head, span)
         return True
 
-    def write(self, connection: Exchange, fd: int, seq: int, offset: int, payload: bytes) -> bool:
+    def write(self, connection: Exchange, fd: int, seq: int, offset: int, payload: Data) -> bool:
         """The intent bits of the range are durable."""
         length = len(payload)
         head = offset & 4095
@@ -177,15 +153,15 @@ class Direct:
 
         A WRITE_LAYER of the head, which punches holes too, goes the same way.
         """
-        if len(self._unmaps) >= MAX_UNMAPS:
+        if len(self.unmaps) >= MAX_UNMAPS:
             self.starved = True
             return False
         if not self._take_edges(frame[3], frame[4]):
             return False
         era = self._barrier.current
         era.count += 1
-        self._unmaps.append(((connection, frame), era))
-        self._wake_unmaps.set()
+        self.unmaps.append(((connection, frame), era))
+        self.wake_unmaps.set()
         return True
 
     def submit(self) -> None:
@@ -241,21 +217,23 @@ class Direct:
 
     def _take(self, completions: list[tuple[int, int]]) -> None:
         touched: dict[Exchange, None] = {}
+        several = len(completions) > 1
         for slot, result in completions:
-            self._completed(slot, result, touched)
+            self._completed(slot, result, several, touched)
         self._settle(touched)
 
     def _settle(self, touched: Iterable[Exchange]) -> None:
         """After some requests were done."""
         self.ring.submit()  # second halves of unaligned writes, rests of short transfers
-        if self._again:
-            self._wake_again.set()
+        if self.again:
+            self.wake_again.set()
         self.starved = False
         self._server.direct_progress()
         for connection in touched:
+            connection.answer_written()
             connection.send()
 
-    def _completed(self, slot: int, result: int, touched: dict[Exchange, None]) -> None:
+    def _completed(self, slot: int, result: int, several: bool, touched: dict[Exchange, None]) -> None:
         request = self._requests[slot]
         assert request is not None
         connection, kind, seq, offset, length, payload, era = request
@@ -295,6 +273,8 @@ class Direct:
                 connection.queue(encode_header(READ | REPLY, 0, seq, offset, length, length, crc), data)
                 server.counters.reads += 1
                 server.counters.read_bytes += length
+        elif several and connection.gathers:
+            connection.wrote(seq, length)
         else:
             connection.queue(encode_header(WRITE | REPLY, 0, seq, offset, length))
             server.counters.writes += 1
@@ -312,7 +292,7 @@ class Direct:
             return True
         return False
 
-    def _finish(self, slot: int, offset: int, length: int, payload: bytes, era: Era[Item] | None) -> None:
+    def _finish(self, slot: int, offset: int, length: int, payload: Data, era: Era[Item] | None) -> None:
         self._requests[slot] = None
         self._free[slot].append(slot)
         if payload:
@@ -329,12 +309,12 @@ class Direct:
         """After a result that is not all: 0 when the request goes on, else why not."""
         if result < 0:
             if result == -errno.EAGAIN:
-                self._again.append(slot)
+                self.again.append(slot)
                 return 0
             if self.ring.flags(slot) & NOWAIT and result in (-errno.EOPNOTSUPP, -errno.EINVAL):
                 # a kernel, a file system or a disk that does not know NOWAIT, or there is another reason, to be seen
                 self._flags = 0 if result == -errno.EOPNOTSUPP else self._flags
-                self._again.append(slot)
+                self.again.append(slot)
                 return 0
             return -result
         done = self._dones[slot] + (result & -BLOCK)
@@ -346,48 +326,21 @@ class Direct:
         self.ring.prepare(slot, self._opcodes[slot], self._fds[slot], at, self._spans[slot] - done, start, self._flags)
         return 0
 
-    async def _submit_again(self) -> None:
-        while True:
-            while not self._again:
-                self._wake_again = trio.Event()
-                await self._wake_again.wait()
-            slots, self._again = self._again, []
-            # slots in this list belong to nobody else until their completion
-            await trio.to_thread.run_sync(self.ring.submit_all, slots)
-
-    async def _punch(self) -> None:
-        while True:
-            while not self._unmaps:
-                self._wake_unmaps = trio.Event()
-                await self._wake_unmaps.wait()
-            batch, self._unmaps = self._unmaps, []
-            errors = await trio.to_thread.run_sync(self._punch_all, [frame for (_, frame), _ in batch])
-            touched: dict[Exchange, None] = {}
-            for ((connection, frame), era), error in zip(batch, errors, strict=True):
-                kind, _, seq, offset, length, _ = frame
-                touched[connection] = None
-                if kind == WRITE_LAYER and error is None:
-                    self._server.layers.wrote_head(frame)
-                if self._answers(connection, kind, seq):
-                    if error is not None:
-                        connection.io_error(frame, error)
-                    else:
-                        connection.reply(kind, 0, seq, offset=offset, length=length)
-                        self._server.counters.unmaps += kind != WRITE_LAYER
-                self._shared -= self._edges(offset, length)
-                self._done(era)
-            self._settle(touched)
-
-    def _punch_all(self, frames: list[Frame]) -> list[OSError | None]:
-        errors: list[OSError | None] = []
-        for frame in frames:
-            try:
-                if frame[0] == WRITE_LAYER:
-                    self._server.layers.write_head(frame)
+    def punched(self, batch: list[tuple[Item, Era[Item]]], errors: list[OSError | None]) -> None:
+        """What was in `unmaps` has been done, or has failed."""
+        touched: dict[Exchange, None] = {}
+        for ((connection, frame), era), error in zip(batch, errors, strict=True):
+            kind, _, seq, offset, length, _ = frame
+            touched[connection] = None
+            if kind == WRITE_LAYER and error is None:
+                cast("Server", self._server).layers.wrote_head(frame)
+            if self._answers(connection, kind, seq):
+                if error is not None:
+                    connection.io_error(frame, error)
                 else:
-                    self._server.store.unmap(frame[3], frame[4])
-            except OSError as error:
-                errors.append(error)
-            else:
-                errors.append(None)
-        return errors
+                    connection.reply(kind, 0, seq, offset=offset, length=length)
+                    if kind != WRITE_LAYER:
+                        self._server.counters.unmaps += 1
+            self._shared -= self._edges(offset, length)
+            self._done(era)
+        self._settle(touched)

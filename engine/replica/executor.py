@@ -116,10 +116,16 @@ class Executor:
         try:
             return self._execute(frames, at)
         finally:
-            if self._written:
-                self._answer_written()
+            self.answer_written()
 
-    def _answer_written(self) -> None:
+    def wrote(self, seq: int, length: int) -> None:
+        """A WRITE of a peer that gathers is done; `answer_written` tells it."""
+        self._written.append(seq)
+        self._written_bytes += length
+
+    def answer_written(self) -> None:
+        if not self._written:
+            return
         written, counters = self._written, self.server.counters
         counters.writes += len(written)
         counters.written_bytes += self._written_bytes
@@ -190,8 +196,7 @@ class Executor:
                         self.io_error(frames[index], error)
                         continue
                     if self.gathers and last > at:
-                        self._written.append(seq)
-                        self._written_bytes += length
+                        self.wrote(seq, length)
                     else:
                         out.append(encode_header(WRITE | REPLY, 0, seq, offset, length))
                         self._unsent += HEADER_SIZE

@@ -25,6 +25,7 @@ from engine.errors import (
     SnapshotNotFoundError,
     StoreError,
 )
+from engine.replica import offloop
 from engine.replica.backlog import Backlog
 from engine.replica.connection import Connection
 from engine.replica.direct import Direct, Disk
@@ -47,7 +48,7 @@ LEAVE_SECONDS = 2.0
 
 class Server(Backlog):
     def __init__(self, store: Store, key: bytes, ring: Disk | None = None, syncer: Syncer | None = None) -> None:
-        """With a `ring` (see `open_ring`) data goes past the page cache where the store allows it.
+        """With a `ring` (see `offloop.open_ring`) data goes past the page cache where the store allows it.
 
         `ring` and `syncer` are closed by `serve`.
         """
@@ -78,7 +79,7 @@ class Server(Backlog):
         async with trio.open_nursery() as nursery:
             await nursery.start(self.snapshots.run)
             if self.direct is not None:
-                nursery.start_soon(self.direct.run)
+                nursery.start_soon(offloop.run, self.direct, self.store, self.layers)
             nursery.start_soon(self._accept, listener, nursery)
             nursery.start_soon(self._sync_maps)
             for eventfd, completed in self.completions.items():

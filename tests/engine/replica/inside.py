@@ -13,7 +13,7 @@ import trio
 from engine.address import Address
 from engine.replica import Server, listen
 from engine.replica.aio import Ring
-from engine.replica.direct import open_ring
+from engine.replica.offloop import open_ring
 from engine.replica.syncer import AioSyncer
 from engine.store import IoMode, Store, create_replica
 from tests.engine.replica.client import KEY, UUID

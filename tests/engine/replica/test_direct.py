@@ -11,9 +11,9 @@ import trio
 
 from engine.launch import ReplicaConfig, replica_argv
 from engine.replica import __main__ as program
-from engine.replica import direct
+from engine.replica import direct, offloop
 from engine.replica.aio import PREAD, PWRITE
-from engine.replica.direct import open_ring
+from engine.replica.offloop import open_ring
 from engine.store import Store, create_replica
 from engine.wire import messages
 from engine.wire.frame import REPLY, FrameType, Status, encode_frame
@@ -289,7 +289,7 @@ def test_where_it_does_not_work_the_page_cache_is_used(tmp_path: Path, monkeypat
     def refused(depth: int) -> None:
         raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(direct, "Ring", refused)
+    monkeypatch.setattr(offloop, "Ring", refused)
     store = Store.open(tmp_path / "r1", "auto")
     assert store.direct >= 0
     assert open_ring(store, "auto") is None
