@@ -76,7 +76,7 @@ class Backlog:
         self._flushes: list[Item] = []
         self._syncing: list[Item] = []
         self._in_batch = False
-        self._syncer = syncer
+        self.syncer = syncer
 
     def fail(self, reason: str) -> None:
         raise NotImplementedError
@@ -220,7 +220,7 @@ class Backlog:
     def _begin_sync(self, may_block: bool) -> None:
         if not self._syncing and self._flushes and not self.failed:
             self._syncing, self._flushes = self._flushes, []
-            self._syncer.start(may_block=may_block)
+            self.syncer.start(may_block=may_block)
 
     def synced(self) -> None:
         """The syncer's eventfd is readable."""
@@ -228,7 +228,7 @@ class Backlog:
 
     def _finish_sync(self, worth_waiting: bool) -> None:
         try:
-            if not self._syncer.finished(worth_waiting=worth_waiting):
+            if not self.syncer.finished(worth_waiting=worth_waiting):
                 return
         except OSError as error:
             self._flushes, self._syncing = self._syncing + self._flushes, []

@@ -52,8 +52,7 @@ class Server(Backlog):
 
         `ring` and `syncer` are closed by `serve`.
         """
-        self._closing = syncer or ThreadSyncer(lambda: self.store.sync())
-        super().__init__(store, self._closing)
+        super().__init__(store, syncer or ThreadSyncer(lambda: store.sync()))
         self.key = key
         self.instance = os.urandom(8).hex()
         self.buffers = BufferPool(MAX_PAYLOAD)
@@ -73,7 +72,7 @@ class Server(Backlog):
         finally:
             if self.direct is not None:
                 self.direct.close()
-            self._closing.close()
+            self.syncer.close()
 
     async def _serve(self, listener: Listener) -> bool:
         async with trio.open_nursery() as nursery:

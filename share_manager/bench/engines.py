@@ -96,6 +96,8 @@ def engine_file(
                 argv = engine_argv(engine, home / "engine.json")
                 server = await stack.enter_async_context(serving(name, argv, directory, pass_fds=(device.fd,)))
                 await said(server, "ready")
+                # the engine's is the last one: should it die, the file fails, and nobody waits for ever
+                device.close()
                 pids.append(server.pid)
                 yield block_file, tuple(pids)
         finally:
