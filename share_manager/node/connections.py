@@ -11,7 +11,7 @@ import contextlib
 import ipaddress
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -40,14 +40,18 @@ class Connection(msgspec.Struct, frozen=True, order=True):
         return cls(local, host, int(port))
 
 
-def parse_table(text: str, port: int) -> list[Connection]:
-    """Of /proc/net/tcp or tcp6 (proc(5)), the established ones to a local port."""
-    found = []
+def rows(text: str, port: int) -> Iterator[list[str]]:
+    """Of /proc/net/tcp or tcp6 (proc(5)), those of established connections to a local port."""
     for line in text.splitlines()[1:]:
         fields = line.split()
+        if fields[3] == _ESTABLISHED and int(fields[1].rsplit(":", 1)[1], 16) == port:
+            yield fields
+
+
+def parse_table(text: str, port: int) -> list[Connection]:
+    found = []
+    for fields in rows(text, port):
         local, remote = fields[1].split(":"), fields[2].split(":")
-        if fields[3] != _ESTABLISHED or int(local[1], 16) != port:
-            continue
         unsent, unread = fields[4].split(":")
         found.append(
             Connection(_address(local[0]), _address(remote[0]), int(remote[1], 16), int(unsent, 16), int(unread, 16))
@@ -66,11 +70,18 @@ def _address(text: str) -> str:
 
 def established(port: int, pid: int | str = "self") -> list[Connection]:
     """Of the network namespace of that process."""
-    found: list[Connection] = []
+    return sorted(one for text in _tables(pid) for one in parse_table(text, port))
+
+
+def inodes(port: int, pid: int) -> set[int]:
+    """The same, of the sockets that a process has."""
+    return {int(fields[9]) for text in _tables(pid) for fields in rows(text, port)} - {0}
+
+
+def _tables(pid: int | str) -> Iterator[str]:
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
-            found += parse_table(Path(f"/proc/{pid}/net", table).read_text(), port)
-    return sorted(found)
+            yield Path(f"/proc/{pid}/net", table).read_text()
 
 
 def tickle(connections: Iterable[Connection], port: int) -> None:

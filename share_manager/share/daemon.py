@@ -40,6 +40,7 @@ from share_manager.share import cryptsetup, filesystem, leftovers, operations
 from share_manager.share.attachment import Attachment, attach
 from share_manager.share.background import Background, background
 from share_manager.share.commands import find_program, run
+from share_manager.share.connections import KeptConnections
 from share_manager.share.control import Handlers, control_socket
 from share_manager.share.disk import disk_full, free_bytes, full_disk, is_full, known_free_bytes, watch_disk
 from share_manager.share.export import Exporter, ExportOptions, server_config
@@ -153,6 +154,7 @@ class Share:
         self._was_ready = False
         self._served = -1
         self._spare: WarmEngine | None = None
+        self._kept = KeptConnections(options.export.port)
         self._beside: Background
         self._operating = trio.Lock()
         self._handlers: Handlers = {
@@ -309,6 +311,7 @@ class Share:
             async with background() as self._beside:
                 await self._one_after_the_other(state)
         finally:
+            self._kept.close()
             spare, self._spare = self._spare, None
             if spare is not None:
                 with trio.CancelScope(shield=True):
@@ -456,7 +459,16 @@ class Share:
         config = server_config(export, self.paths.volume, self.record.uuid, on.data, room.recovery_root)
         home, policy = self.home, self.options.policy
         exporter = Exporter(
-            config, self.paths, self.report, state, policy, self.right, home.silence, home.drain, home.lifeline
+            config,
+            self.paths,
+            self.report,
+            state,
+            policy,
+            self.right,
+            self._kept,
+            home.silence,
+            home.drain,
+            home.lifeline,
         )
         exporter.restarts = self.ganesha_restarts
         self.exporter = exporter

@@ -29,6 +29,7 @@ from share_manager.errors import GaveUpError, HandleError
 from share_manager.events import Reporter
 from share_manager.paths import VolumePaths
 from share_manager.share.attachment import Attachment
+from share_manager.share.connections import KeptConnections
 from share_manager.share.filesystem import Mounted
 from share_manager.share.lifeline import Lifeline
 from share_manager.share.onvolume import on_volume
@@ -88,6 +89,7 @@ class Exporter:
         state: StateFile,
         policy: Policy,
         right: ServingRight,
+        kept: KeptConnections,
         silence: Callable[[], None] = lambda: None,
         drain: Callable[[int], Awaitable[None]] | None = None,
         lifeline: Lifeline | None = None,
@@ -107,6 +109,7 @@ class Exporter:
         self._silence = silence
         self._drain = drain
         self._lifeline = lifeline
+        self._kept = kept
 
     async def set_allowed(self, allow: Sequence[str]) -> None:
         """From now on, and in every later start. Raises GaneshaError."""
@@ -207,6 +210,7 @@ class Exporter:
                     return "its grace period went by while it could not be reached"
                 self.server = server
                 right.open()
+                self._kept.reset()
                 try:
                     await on_ready()
                     decision, reason = await self._watch(server, attachment, mounted, room)
@@ -228,6 +232,7 @@ class Exporter:
             return str(error)
         finally:
             self.server = None
+            self._kept.left()
             right.kill = None
             for kill in killers:
                 with contextlib.suppress(ValueError):
@@ -276,6 +281,7 @@ class Exporter:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(wait_for_exit)
             nursery.start_soon(follow_events)
+            nursery.start_soon(self._kept.follow, server.pid)
             while True:
                 with trio.move_on_after(policy.null_interval):
                     await ended.wait()

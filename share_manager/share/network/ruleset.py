@@ -13,11 +13,12 @@ remaining time was calculated: a process that was stopped in between finds its p
 fails. So the gate is never open for more than `PERMIT` seconds longer than it should be.
 
 A connection carries, as its conntrack mark, the number of the server's *life* in which it began. When a server is
-killed its sockets say so with a FIN before anybody can act; on connections of the present life that is held back for
-`HOLD` seconds, in which the port is silenced, however busy the machine, and so is the refusal of a new connection. FINs
-are sent again by the kernel, so that of a server that only closes an idle connection arrives a little later. A RST of
-an established connection is not sent again, and gets out. When the next server is there, clients of the last one learn
-that they have to connect again from the kernel's RST, or from its FIN, which is sent again.
+killed its sockets say so with a FIN before anybody can act, but for those that the share manager keeps open
+(connections.py). On connections of the present life that is held back for `HOLD` seconds, in which the port is
+silenced, however busy the machine, and so is the refusal of a new connection. FINs are sent again by the kernel, so
+that of a server that only closes an idle connection arrives a little later. A RST of an established connection is not
+sent again, and gets out. When the next server is there, clients of the last one learn that they have to connect again
+from the kernel's RST, or from its FIN, which is sent again.
 """
 
 from __future__ import annotations
