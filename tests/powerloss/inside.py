@@ -10,7 +10,6 @@ what the outcome says. Where nothing stands between the two in any log, all logs
 from __future__ import annotations
 
 import contextlib
-import errno
 import faulthandler
 import fcntl
 import importlib
@@ -37,6 +36,7 @@ from engine.frontend import frontend
 from engine.frontend.fuse_device import FuseDevice
 from engine.launch import EngineConfig, ReplicaConfig, engine_argv, replica_argv
 from engine.record import FileRecordStore, ReplicaRecord, VolumeRecord, bump_epoch
+from engine.replica.syncer import ThreadSyncer
 from tests.powerloss import workload
 
 WORK = Path("/run/work")
@@ -282,18 +282,14 @@ def wait_logged(disks: list[LoggedDisk]) -> None:
         time.sleep(0.2)
 
 
-def _no_aio(self: object, store: object) -> None:
-    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-
 def _sabotage(what: str) -> None:
     """Break a promise of the product in this process and its children, for the proof that the replay notices."""
     if what == "flush":
         # FLUSH is answered, the disk is not asked
         module = importlib.import_module("engine.store.store")
         module.Store.sync = lambda self: None
-        # which would ask it without the store
-        importlib.import_module("engine.replica.syncer").AioSyncer.__init__ = _no_aio
+        # the other one would ask it without the store
+        vars(engine.replica.__main__)["make_syncer"] = lambda store: ThreadSyncer(store.sync)
     elif what == "intent":
         # intent bits stay in the page cache
         module = importlib.import_module("engine.store.maps")
