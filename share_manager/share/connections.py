@@ -26,6 +26,7 @@ log = structlog.get_logger()
 LOOK, LOOK_LEAST = 0.25, 1.0
 """Seconds between looks for new connections: while some come, and at the least."""
 
+_SEEK = 8
 _PIDFD_GETFD = 438  # on every architecture
 _RESET = struct.pack("ii", 1, 0)  # struct linger: closing sends a RST
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -41,6 +42,7 @@ class KeptConnections:
         self._port = port
         self._living: dict[int, tuple[socket.socket, int]] = {}  # by inode; with the server's descriptor
         self._left: list[socket.socket] = []
+        self._sought: dict[int, int] = {}  # how often a connection was looked for that the server does not have
         self._able = True
 
     def __len__(self) -> int:
@@ -69,6 +71,7 @@ class KeptConnections:
         """The server has ended."""
         self._left += [kept for kept, _ in self._living.values()]
         self._living.clear()
+        self._sought.clear()
 
     def reset(self) -> None:
         """The next server listens."""
@@ -89,13 +92,17 @@ class KeptConnections:
         for inode, (kept, number) in list(self._living.items()):
             if _inode(pid, number) != inode and self._living.pop(inode, None) is not None:
                 kept.close()
-        fresh = inodes(self._port, pid) - self._living.keys()
+        seen = inodes(self._port, pid)
+        # of another server in this network, or not accepted yet
+        self._sought = {inode: count for inode, count in self._sought.items() if inode in seen}
+        fresh = {inode for inode in seen - self._living.keys() if self._sought.get(inode, 0) < _SEEK}
         if not fresh:
             return False
         try:
             server = os.pidfd_open(pid)
         except ProcessLookupError:
             return False
+        found = False
         try:
             for number in _descriptors(pid):
                 inode = _inode(pid, number)
@@ -111,9 +118,13 @@ class KeptConnections:
                     continue
                 hangups.register(kept, select.EPOLLRDHUP | select.EPOLLHUP)
                 self._living[inode] = (kept, number)
+                self._sought.pop(inode, None)
+                found = True
         finally:
             os.close(server)
-        return True
+        for inode in fresh - self._living.keys():
+            self._sought[inode] = self._sought.get(inode, 0) + 1
+        return found
 
     def _give_up(self, code: int) -> None:
         if code in (errno.EBADF, errno.ESRCH):  # closed, or dead, meanwhile

@@ -98,6 +98,19 @@ async def test_what_is_closed_while_the_server_lives_is_let_go(server: tuple[sub
             assert await trio.to_thread.run_sync(closed.recv, 1) == b""
 
 
+async def test_another_server_of_the_port_is_nobodys_business(server: tuple[subprocess.Popen[bytes], int]) -> None:
+    process, port = server
+    async with contextlib.AsyncExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.2", port)))
+        stack.enter_context(socket.create_connection(("127.0.0.2", port)))
+        stack.enter_context(listener.accept()[0])
+        stack.enter_context(client(port, b"k"))
+        kept = stack.enter_context(contextlib.closing(KeptConnections(port)))
+        async with followed(kept, process.pid):
+            await until(lambda: len(kept) == 1 and max(kept._sought.values(), default=0) >= 2)
+        assert len(kept) == 1
+
+
 async def test_closed_without_another_server_they_end(server: tuple[subprocess.Popen[bytes], int]) -> None:
     process, port = server
     with client(port, b"k") as left:
