@@ -93,7 +93,7 @@ class KeptConnections:
             if _inode(pid, number) != inode and self._living.pop(inode, None) is not None:
                 kept.close()
         seen = inodes(self._port, pid)
-        # of another server in this network, or not accepted yet
+        # what is not found is of another server in this network
         self._sought = {inode: count for inode, count in self._sought.items() if inode in seen}
         fresh = {inode for inode in seen - self._living.keys() if self._sought.get(inode, 0) < _SEEK}
         if not fresh:
