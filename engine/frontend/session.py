@@ -189,7 +189,6 @@ def _answer_error(fd: int, unique: int, code: int) -> None:
 class Session:
     def __init__(self, volume: BlockVolume, fd: int, resumed: bool) -> None:
         self.ended = trio.Event()
-        self._over = False
         self.resumable = resumed
         self.pending = 0
         self._volume = volume
@@ -219,17 +218,13 @@ class Session:
         """A large payload is not needed any more."""
         paused = self._bulk >= _MAX_BULK
         self._bulk -= length
-        if paused and self._bulk < _MAX_BULK and not self._over:
+        if paused and self._bulk < _MAX_BULK and not self.ended.is_set():
             self._volume.poller.add(self.fd, self.readable, linger=True)
-
-    def _end(self) -> None:
-        self._over = True
-        self.ended.set()
 
     def readable(self) -> None:
         self._drain()
         self._volume.kick()
-        if self._over:
+        if self.ended.is_set():
             self._volume.poller.remove(self.fd)
 
     def _drain(self) -> None:
@@ -246,7 +241,7 @@ class Session:
                 return
             except OSError as error:
                 if error.errno == errno.ENODEV:
-                    self._end()
+                    self.ended.set()
                     return
                 if error.errno in (errno.ENOENT, errno.EINTR):
                     continue
@@ -293,7 +288,7 @@ class Session:
 
     def _destroy(self, unique: int) -> None:
         _answer(self.fd, unique)
-        self._end()
+        self.ended.set()
 
     def _init(self, unique: int) -> None:
         major, minor, readahead, flags, flags2 = _INIT_IN.unpack_from(self._head, _BODY)

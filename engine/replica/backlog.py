@@ -18,6 +18,7 @@ from mypy_extensions import mypyc_attr
 from engine.ops import FLUSH, WRITE
 from engine.replica.gate import Gate
 from engine.replica.right import Confirmations
+from engine.wire import messages
 from engine.wire.frame import Frame, FrameType, Status
 
 if TYPE_CHECKING:
@@ -140,6 +141,10 @@ class Backlog:
             connection.reply(frame[0], Status.IO_ERROR, frame[2], payload=self.failed.encode())
             return
         connection.reply(frame[0], 0, frame[2], offset=frame[3], length=frame[4])
+
+    def highest(self) -> bytes:
+        """Payload of a STALE_EPOCH reply."""
+        return messages.encode(messages.Token(epoch=self.token[0], incarnation=self.token[1]))
 
     # writes that wait
 

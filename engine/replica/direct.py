@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING, Final, Protocol, cast
+from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 from crc32c import crc32c
@@ -25,6 +25,7 @@ from crc32c import crc32c
 from engine.errors import CorruptBlockError
 from engine.ops import READ, WRITE, Data
 from engine.replica.aio import NOWAIT, PREAD, PWRITE, Patience, Pool
+from engine.replica.backlog import Item
 from engine.replica.barrier import Barrier, Era
 from engine.wire.frame import REPLY, Frame, FrameType, Status, encode_header
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
     from engine.replica.backlog import Backlog
     from engine.replica.exchange import Exchange
-    from engine.replica.server import Server
 
 BLOCK: Final = 4096
 SMALL, SMALL_COUNT = 16 << 10, 208
@@ -45,7 +45,6 @@ MAX_UNMAPS = 256
 IO_ERROR: Final = int(Status.IO_ERROR)
 WRITE_LAYER: Final = int(FrameType.WRITE_LAYER)
 
-Item = tuple["Exchange", Frame]
 # connection, type, seq, offset, length, payload of an unaligned write, era of a write
 Request = tuple["Exchange", int, int, int, int, Data, Era[Item] | None]
 
@@ -332,8 +331,6 @@ class Direct:
         for ((connection, frame), era), error in zip(batch, errors, strict=True):
             kind, _, seq, offset, length, _ = frame
             touched[connection] = None
-            if kind == WRITE_LAYER and error is None:
-                cast("Server", self._server).layers.wrote_head(frame)
             if self._answers(connection, kind, seq):
                 if error is not None:
                     connection.io_error(frame, error)

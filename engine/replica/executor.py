@@ -299,7 +299,7 @@ class Executor:
     def refusal(self) -> tuple[int, bytes]:
         """Status and payload for one that does not own the replica."""
         if self.token is not None and self.token < self.server.token:
-            return Status.STALE_EPOCH, cast("Server", self.server).highest()
+            return Status.STALE_EPOCH, self.server.highest()
         return Status.NOT_OPEN, b""
 
     def _bad_range(self, frame: Frame) -> None:

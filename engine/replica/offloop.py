@@ -58,7 +58,11 @@ async def _punch(direct: Direct, store: Store, layers: LayerRequests) -> None:
             await direct.wake_unmaps.wait()
         batch, direct.unmaps = direct.unmaps, []
         frames = [frame for (_, frame), _ in batch]
-        direct.punched(batch, await trio.to_thread.run_sync(_punch_all, frames, store, layers))
+        errors = await trio.to_thread.run_sync(_punch_all, frames, store, layers)
+        for frame, error in zip(frames, errors, strict=True):
+            if frame[0] == WRITE_LAYER and error is None:
+                layers.wrote_head(frame)
+        direct.punched(batch, errors)
 
 
 def _punch_all(frames: list[Frame], store: Store, layers: LayerRequests) -> list[OSError | None]:

@@ -291,10 +291,6 @@ class Server(Backlog):
             with trio.CancelScope(shield=True):
                 yield
 
-    def highest(self) -> bytes:
-        """Payload of a STALE_EPOCH reply."""
-        return messages.encode(messages.Token(epoch=self.token[0], incarnation=self.token[1]))
-
     async def _open(self, connection: Exchange, frame: Frame, wanted: messages.Open) -> None:
         kind, _, seq, _, _, _ = frame
         token = (wanted.epoch, wanted.incarnation)

@@ -24,8 +24,8 @@ from engine.wire.frame import Buffer
 
 # ext4 keeps what one call wrote in one folio of the page cache, and goes through all blocks of the folio whenever one
 # of them is written again: a replica's system time for a random 4 KiB write, where large writes were there before, is
-# 7.1 µs with this, 5.5 with 32 KiB and 5.0 with 16. Large writes pay for smaller ones: a stream through NFS ran at 0.56
-# of the reference with this, 0.46 with 32 KiB and 0.45 with 16.
+# 7.1 µs with this, 5.5 with 32 KiB and 5.0 with 16. Large writes pay for smaller ones: a stream through NFS ran at 0.49
+# to 0.56 of the reference with this, 0.46 with 32 KiB and 0.45 with 16.
 PIECE = 64 << 10
 # The disk begins with a large write at once, while the next one is received, or a flush behind many of them would begin
 # with all (see Linux' sync_file_range(2): no more than a hint here, nothing relies on it).

@@ -223,7 +223,7 @@ class Pull:
             for image in reversed(read_chain(directory, origin.image)):
                 self._files.append(os.open(directory / image, os.O_RDONLY | os.O_CLOEXEC))
             self.size = os.fstat(self._files[-1]).st_size
-            self.content = Chain(self._files, self.size, max_mixed=16)
+            self._chain = Chain(self._files, self.size, max_mixed=16)
             self.total = max(sum(os.fstat(fd).st_blocks * 512 for fd in self._files), origin.passed)
             path = directory / PULLED
             if self.complete and not path.exists():
@@ -281,7 +281,7 @@ class Pull:
             if at >= self.size or copied >= budget:
                 break
             stop = min(self.size, at - at % CHUNK + CHUNK)
-            for fd, start, end in self.content.pieces(at, stop):
+            for fd, start, end in self._chain.pieces(at, stop):
                 copied += self._transfer(fd, start, end)
             passed += sum(end - start for fd in self._files for start, end in extents(fd, at, stop))
             at = stop

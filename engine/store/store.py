@@ -137,7 +137,8 @@ class Store:
         except BaseException:
             self._close_files()
             raise
-        self._head = self._files[-1]
+        # to be synced; every head switch makes it another one
+        self.head = self._files[-1]
         self.content = Chain(self._files, meta.size, sums=self._chain_sums())
         self._views = Views(directory, self._sums_of)
         self._merge: Merge | None = None
@@ -215,11 +216,6 @@ class Store:
             self.cache = None
 
     @property
-    def head(self) -> int:
-        """Descriptor of the head, to be synced. Every head switch makes it another one."""
-        return self._head
-
-    @property
     def allocated(self) -> int:
         """Bytes that the images occupy on disk."""
         return sum(os.fstat(fd).st_blocks * 512 for fd in self._files)
@@ -227,7 +223,7 @@ class Store:
     @property
     def head_allocated(self) -> int:
         """Bytes that the head occupies on disk."""
-        return os.fstat(self._head).st_blocks * 512
+        return os.fstat(self.head).st_blocks * 512
 
     def read(self, offset: int, length: int) -> bytes:
         if offset < 0 or length < 0 or offset + length > self.size:
@@ -265,7 +261,7 @@ class Store:
 
     def sync(self) -> None:
         """fdatasync of the head, from any thread. Raises OSError; it must not be retried."""
-        os.fdatasync(self._head)
+        os.fdatasync(self.head)
 
     def set_token(self, epoch: int, incarnation: int) -> None:
         """Durably. Raises OSError; ValueError for one that is lower than the highest seen."""
@@ -408,7 +404,7 @@ class Store:
             self._files = change.files
             self.chain = (change.meta.head, *change.layers)
             self.content = Chain(self._files, self.size, sums=self._chain_sums())
-        self._head = self._files[-1]
+        self.head = self._files[-1]
         self.summing.switched(self._sums_of(self.meta.head))
 
     def snapshot(
@@ -570,7 +566,7 @@ class Store:
         return self.summing.begin(budget, self._to_sum)
 
     def _to_sum(self) -> Iterator[tuple[Sums, int]]:
-        yield self._sums_of(self.meta.head), self._head
+        yield self._sums_of(self.meta.head), self.head
         merging = () if self._merge is None else (self._merge.removed, self._merge.child)
         for image, fd in zip(self.chain[1:], self._files[-2::-1], strict=True):
             if image not in merging and not self._snapshots[image].removed:
@@ -671,7 +667,7 @@ class Store:
 
     def _layer(self, name: str, mode: int) -> int:
         if not name:
-            return os.dup(self._head)
+            return os.dup(self.head)
         self._snapshot(name)
         return os.open(self.directory / snapshot_image(name), mode | os.O_CLOEXEC)
 
@@ -683,7 +679,7 @@ class Store:
         """
         if offset < 0 or length <= 0 or offset + length > self.size:
             raise OutOfRangeError(offset, length, self.size)
-        write_extents(self._head, offset, length, found, data)
+        write_extents(self.head, offset, length, found, data)
 
     def write_layer(self, name: str, offset: int, length: int, found: Sequence[tuple[int, int]], data: Buffer) -> None:
         """The same for the image of a snapshot of a replica that is rebuilt. Raises StoreError, OSError."""
@@ -744,7 +740,7 @@ class Store:
         self.direct, self.cache = -1, None
         self.meta, self.rebuild = change.meta, change.state
         self.chain, self._snapshots, self._files = change.chain, change.snapshots, change.files
-        self._head = self._files[-1]
+        self.head = self._files[-1]
         for sums in self._sums.values():
             sums.close()
         self._sums.clear()

@@ -64,7 +64,7 @@ def test_a_failed_sync_raises_its_error(store: Store, kind: str, monkeypatch: py
         os.fdatasync(writing)
 
     if kind == "aio":
-        monkeypatch.setattr(store, "_head", writing)
+        monkeypatch.setattr(store, "head", writing)
     syncer: Syncer = AioSyncer(store) if kind == "aio" else ThreadSyncer(fail)
     try:
         syncer.start()
